@@ -1,0 +1,53 @@
+"""fdkit: distil pretrained vision models into better students, and see what got better and why.
+
+Every command is a function here with the same fields: `fdkit.distill(teacher="clip_vitb", data="photos/")`.
+Importing the package imports none of its heavy dependencies; the first call does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "distill": "fdkit.commands.distill",
+    "pretrain": "fdkit.commands.pretrain",
+    "evaluate": "fdkit.commands.evaluate",
+    "analyze": "fdkit.commands.analyze",
+    "demo": "fdkit.commands.demo",
+    "load_teacher": "fdkit.teachers.loading",
+    "list_teachers": "fdkit.teachers.catalog",
+    "FdkitError": "fdkit.errors",
+}
+
+if TYPE_CHECKING:
+    from fdkit.commands.analyze import analyze as analyze
+    from fdkit.commands.demo import demo as demo
+    from fdkit.commands.distill import distill as distill
+    from fdkit.commands.evaluate import evaluate as evaluate
+    from fdkit.commands.pretrain import pretrain as pretrain
+    from fdkit.errors import FdkitError as FdkitError
+    from fdkit.teachers.catalog import list_teachers as list_teachers
+    from fdkit.teachers.loading import load_teacher as load_teacher
+
+__all__ = [
+    "FdkitError",
+    "__version__",
+    "analyze",
+    "demo",
+    "distill",
+    "evaluate",
+    "list_teachers",
+    "load_teacher",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fdkit' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

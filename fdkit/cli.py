@@ -1,0 +1,266 @@
+"""The command line: finds the command, merges recipe and flags, and maps errors to exit codes.
+
+Nothing heavy is imported before a command is known, so that `fdkit --help` answers at once.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple, get_args
+
+from fdkit import __version__
+from fdkit.config import Config, Values, find_recipe, read_yaml, recipe_names
+from fdkit.errors import ConfigError, FdkitError, PreemptedError, did_you_mean
+
+
+class CommandEntry(NamedTuple):
+    """A line of the overview; the module is imported when the command is used."""
+
+    summary: str
+    usage: str
+    choices: str = ""
+    """The package whose files are the command's choices, such as fdkit.evaluation."""
+
+
+COMMANDS = {
+    "demo": CommandEntry("The whole story on built-in images, on a CPU, in minutes.", "fdkit demo"),
+    "distill": CommandEntry(
+        "Make a better student from a pretrained teacher.", "fdkit distill --teacher clip_vitb --data PATH"
+    ),
+    "pretrain": CommandEntry(
+        "Make your own teacher from unlabelled images.",
+        "fdkit pretrain mocov3 --data PATH",
+        "methods",
+    ),
+    "evaluate": CommandEntry(
+        "Measure a model: knn, linear.",
+        "fdkit evaluate knn MODEL --data PATH",
+        "evaluation",
+    ),
+    "analyze": CommandEntry(
+        "See what differs between models: attention-distance.",
+        "fdkit analyze attention-distance MODEL [MODEL ...] --data PATH",
+        "analysis",
+    ),
+}
+
+EPILOGUE = """\
+MODEL  a catalog name (clip_vitb), timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo
+PATH   a folder of images (sub-folders are classes; train/ and test/ or val/ are splits), digits, demo,
+       or torchvision:CIFAR10
+
+fdkit COMMAND --help shows every option. Exit codes: 0 done, 2 usage, 3 data, 4 weights, 5 output folder,
+6 resources, 7 not finite, 8 a rank died, 75 interrupted and saved."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command line and leave with its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    _log_to_stderr()
+    try:
+        code = _dispatch([argument for argument in arguments if argument != "--debug"])
+        sys.stdout.flush()
+    except FdkitError as error:
+        code = error.exit_code
+        _report(error, debug)
+    except BrokenPipeError:  # the reader of our output left, as `head` does; nothing of ours failed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        print(_overview())
+        return 0
+    if arguments[0] in {"-V", "--version"}:
+        print(f"fdkit {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise ConfigError(
+            f"fdkit {name}: no such command",
+            did_you_mean(name, COMMANDS) or f"commands: {', '.join(COMMANDS)}",
+        )
+    entry = COMMANDS[name]
+    choice = _choice(name, entry, rest) if entry.choices else ""
+    module = import_module(f"fdkit.commands.{name}")
+    kind: type[Config] = module.config_class(choice) if choice else module.config_class()
+    config = _parse(kind, rest[1:] if choice else rest, name, choice)
+    outcome = module.run(config)
+    if getattr(config, "json_output", False):
+        print(json.dumps(outcome.numbers, indent=2))
+    else:
+        outcome.show()
+    return 0
+
+
+def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:
+    """The plug-in asked for, such as knn; its file name is its name."""
+    choices = import_module(f"fdkit.commands.{name}").choices()
+    if not rest or rest[0] in {"-h", "--help"}:
+        print(f"{entry.summary}\n\nusage: {entry.usage}\n\nchoices: {', '.join(choices)}")
+        print(f"\nfdkit {name} {choices[0]} --help shows every option.")
+        sys.exit(0 if rest else 2)
+    if rest[0] not in choices:
+        hint = did_you_mean(rest[0], choices) or f"choices: {', '.join(choices)}"
+        raise ConfigError(f"fdkit {name} {rest[0]}: no such choice", hint)
+    return rest[0]
+
+
+def _parse(kind: type[Config], arguments: list[str], name: str, choice: str) -> Config:
+    """The configuration from recipe and flags; a flag wins over the recipe, the recipe over the default."""
+    import tyro
+    from pydantic import ValidationError
+
+    from fdkit.config import explain, validate
+
+    recipe = _recipe_file(kind, arguments, name, choice)
+    values: Values = {}
+    if recipe is not None:
+        values = read_yaml(recipe)
+        _check_partial(kind, values, str(recipe))
+        if "--help" not in arguments and "-h" not in arguments:
+            logging.getLogger("fdkit").info("recipe %s", recipe)
+    try:
+        parsed = tyro.cli(
+            kind,
+            args=list(_tyro_arguments(kind, arguments)),
+            default=_defaults(kind, values, tyro.MISSING),
+            prog=f"fdkit {name} {choice}".strip(),
+        )
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(kind, error, "flags"))) from None
+    return validate(kind, parsed.model_dump(), "flags")
+
+
+def _recipe_file(kind: type[Config], arguments: list[str], name: str, choice: str) -> Any:
+    """The recipe asked for with --recipe, or the one named after the teacher or method, if there is one."""
+    if "recipe" not in kind.model_fields:
+        return None
+    asked = _value_of("--recipe", arguments)
+    if asked is not None:
+        return find_recipe(asked, name)
+    named = f"{name}/{choice or _value_of('--teacher', arguments)}"
+    return find_recipe(named, name) if named in recipe_names() else None
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for position, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+        if argument == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+    return None
+
+
+def _check_partial(kind: type[Config], values: Values, origin: str) -> None:
+    """Refuse a recipe's mistakes under the recipe's name; fields it leaves to the flags may be missing."""
+    from pydantic import ValidationError
+
+    from fdkit.config import explain
+
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        problems = explain(kind, error, origin, ignore_missing=True)
+        if problems:
+            raise ConfigError("\n".join(problems)) from None
+
+
+def _defaults(kind: type[Config], values: Values, missing: Any) -> Any:
+    """A configuration that shows the recipe's values in the help; what must be given is marked as missing."""
+    filled: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        nested = _nested(field.annotation)
+        if nested is not None and isinstance(values.get(name, {}), dict) and name in values:
+            filled[name] = _defaults(nested, values[name], missing)
+        elif name in values:
+            filled[name] = values[name]
+        elif field.is_required():
+            filled[name] = missing
+        else:
+            filled[name] = field.get_default(call_default_factory=True)
+    if missing in filled.values():
+        return kind.model_construct(**filled)
+    return kind.model_validate({key: _plain(value) for key, value in filled.items()})
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, Config) else value
+
+
+def _nested(annotation: Any) -> type[Config] | None:
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, Config):
+            return option
+    return None
+
+
+def _tyro_arguments(kind: type[Config], arguments: list[str]) -> Iterator[str]:
+    """The arguments with `--flag true|false` as tyro's flag pairs, and `10,20` as two numbers."""
+    switches = set(_switches(kind))
+    skip = False
+    for position, argument in enumerate(arguments):
+        if skip:
+            skip = False
+            continue
+        following = arguments[position + 1].lower() if position + 1 < len(arguments) else ""
+        name, _, value = argument.partition("=")
+        if name.replace("-", "_").lstrip("_") in switches and (value or following) in {"true", "false"}:
+            skip = not value
+            parent, _, leaf = name[2:].rpartition(".")
+            negated = f"--{parent}.no-{leaf}" if parent else f"--no-{leaf}"
+            yield name if (value or following) == "true" else negated
+        elif re.fullmatch(r"[-+.\deE]+(,[-+.\deE]+)+", argument):
+            yield from argument.split(",")
+        else:
+            yield argument
+
+
+def _switches(kind: type[Config], prefix: str = "") -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        nested = _nested(field.annotation)
+        if nested is not None:
+            yield from _switches(nested, f"{prefix}{name}.")
+        elif field.annotation is bool:
+            yield f"{prefix}{name}"
+
+
+def _overview() -> str:
+    width = max(len(entry.usage) for entry in COMMANDS.values())
+    lines = [f"  {entry.usage:<{width}}  {entry.summary}" for entry in COMMANDS.values()]
+    head = f"fdkit {__version__}: better vision backbones by feature distillation, and proof of it"
+    return "\n".join([head, "", *lines, "", EPILOGUE])
+
+
+def _report(error: FdkitError, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    label = "stopped" if isinstance(error, PreemptedError) else "error"
+    print(f"{label}: {error}", file=sys.stderr)
+
+
+class _Prefix(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("fdkit")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Prefix("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,75 @@
+"""The errors a user can meet, each with its exit code; every other exception is a bug (exit code 1)."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FdkitError(Exception):
+    """A failure explained to the user: what failed, the value and where it came from, and what to do.
+
+    hint: the command or change that fixes it, printed on its own line; empty if the message says it all.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class ConfigError(FdkitError):
+    """Wrong usage or configuration."""
+
+    exit_code = 2
+
+
+class DataError(FdkitError):
+    """The images are missing, unreadable or too few."""
+
+    exit_code = 3
+
+
+class WeightsError(FdkitError):
+    """Weights are missing, unsafe to open, damaged, or belong to another model."""
+
+    exit_code = 4
+
+
+class OutputError(FdkitError):
+    """The output folder is in use, holds another run, or cannot be written."""
+
+    exit_code = 5
+
+
+class ResourceError(FdkitError):
+    """Memory, disk or a device is missing."""
+
+    exit_code = 6
+
+
+class NumericsError(FdkitError):
+    """Loss or gradients are not finite."""
+
+    exit_code = 7
+
+
+class DistributedError(FdkitError):
+    """A rank died or did not answer."""
+
+    exit_code = 8
+
+
+class PreemptedError(FdkitError):
+    """Training was asked to stop and saved its state; running the command again continues."""
+
+    exit_code = 75
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A phrase naming the nearest known names, such as "did you mean clip_vitl?"; empty if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,129 @@
+"""An image model that reads [0, 1] images and returns its final tokens, whatever library it comes from."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdkit.errors import ConfigError
+
+
+class Tokens(NamedTuple):
+    """What an image model says about a batch of B images, after its own final norm."""
+
+    prefix: Tensor
+    """(B, P, C): the class token, then registers; P is 0 for a model without a class token."""
+    patches: Tensor
+    """(B, h*w, C): one token a patch, row-major."""
+    grid: tuple[int, int]
+    """(h, w): rows and columns of patches."""
+
+    def all(self) -> Tensor:
+        """(B, P + h*w, C): prefix tokens, then patches."""
+        return torch.cat([self.prefix, self.patches], dim=1)
+
+
+def pool(tokens: Tokens, pooling: Literal["cls", "patches"]) -> Tensor:
+    """One vector an image, (B, C): the class token, or the mean of the patch tokens.
+
+    Raises ConfigError for "cls" when the model has no class token.
+    """
+    if pooling == "patches":
+        return tokens.patches.mean(dim=1)
+    if tokens.prefix.shape[1] == 0:
+        raise ConfigError("pooling cls: this model has no class token", hint="use pooling patches")
+    return tokens.prefix[:, 0]
+
+
+class Preprocessing(NamedTuple):
+    """How a model wants its images: statistics of [0, 1] RGB, and the evaluation crop."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    """Height and width in pixels."""
+    crop_ratio: float = 0.875
+    """image_size / short side after resizing, when evaluating."""
+    interpolation: str = "bicubic"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {**self._asdict(), "mean": list(self.mean), "std": list(self.std)}
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """A network with its own preprocessing and a uniform way to its final tokens.
+
+    network: the timm or open_clip module itself; its state dict keeps that library's names.
+    tokens_of: maps (network, normalised images) to Tokens.
+    embed_dim: C; patch_size: input pixels between neighbouring tokens; num_prefix_tokens: P.
+    recipe: plain data (library, architecture, model_args; the preprocessing is added here) from which
+        `build_backbone` makes the same network again without weights.
+    logits_of: maps (network, normalised images) to (B, K), the output of the model's own head: class
+        logits, or CLIP's projected embedding; None if the model was built without one.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokens_of: Callable[[nn.Module, Tensor], Tokens],
+        *,
+        embed_dim: int,
+        patch_size: int,
+        num_prefix_tokens: int,
+        preprocessing: Preprocessing,
+        recipe: dict[str, Any],
+        logits_of: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.tokens_of = tokens_of
+        self.logits_of = logits_of
+        self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.num_prefix_tokens = num_prefix_tokens
+        self.preprocessing = preprocessing
+        self.recipe = {**recipe, "preprocessing": preprocessing.to_json()}
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the images the network takes."""
+        return self.preprocessing.image_size
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What the network reads: images (B, 3, H, W), RGB in [0, 1], resized if needed, minus mean over std.
+
+        Images of another size than `image_size` are resized (bicubic, antialiased).
+        """
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Final tokens of images (B, 3, H, W), RGB in [0, 1]."""
+        return self.tokens_of(self.network, self.normalise(images))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The model's own head on images (B, 3, H, W) in [0, 1]: (B, K) class logits or projected embedding.
+
+        Raises ConfigError if the model was built without its head.
+        """
+        if self.logits_of is None:
+            name = self.recipe.get("architecture", "this model")
+            raise ConfigError(
+                f"{name} has no classifier or projection, so it has no logits",
+                hint="use the feature map or the pooled features, or weights that come with a head",
+            )
+        return self.logits_of(self.network, self.normalise(images))

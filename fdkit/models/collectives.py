@@ -1,0 +1,62 @@
+"""What a network asks of the other ranks; alone, each function is the identity.
+
+Every rank holds equally many rows: the loader cuts a global batch into equal slices.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def in_group() -> bool:
+    """Whether a process group runs, even one of a single rank."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """How many ranks train together."""
+    return dist.get_world_size() if in_group() else 1
+
+
+def rank() -> int:
+    """Which of the ranks this is, from 0."""
+    return dist.get_rank() if in_group() else 0
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, rank 0 first: (B, ...) becomes (B * world_size, ...).
+
+    Detached: no gradient goes back, to this rank or another.
+    """
+    rows = rows.detach()
+    if world_size() == 1:
+        return rows
+    gathered = rows.new_empty(rows.shape[0] * world_size(), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks; gradients go back to every rank's values."""
+    if world_size() == 1:
+        return values
+    mean: Tensor = _SumOverRanks.apply(values) / world_size()
+    return mean
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks; a value enters every rank's sum, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total

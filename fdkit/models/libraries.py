@@ -1,0 +1,350 @@
+"""Backbones made from timm and open_clip models, and the folder format that keeps them.
+
+Every network keeps its library's own module and parameter names, so saved weights load into timm or open_clip
+without fdkit. What differs between libraries is only how the final tokens are read, and that stands here.
+"""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fdkit.errors import ConfigError, WeightsError, did_you_mean
+from fdkit.models.backbone import Backbone, Preprocessing, Tokens
+
+WEIGHTS_FILE = "student.safetensors"
+RECIPE_FILE = "student.json"
+
+
+def build_timm(
+    name: str,
+    model_args: dict[str, Any],
+    *,
+    preprocessing: Preprocessing | None = None,
+    keep_head: bool = False,
+) -> Backbone:
+    """A timm model with random weights as a Backbone.
+
+    name: a timm model, with or without a weights tag (the tag decides the default preprocessing).
+    model_args: arguments of the model, such as `img_size`, `patch_size`, `drop_path_rate`, `num_classes`.
+        `img_size` for a network that takes any size sets the preprocessing alone.
+    preprocessing: None means what timm states for these weights.
+    keep_head: keep the classifier timm states for these weights; without it, and without `num_classes`,
+        the network has none.
+    Raises ConfigError for an unknown name or arguments the model refuses.
+    """
+    import timm
+
+    args = {**({} if keep_head else {"num_classes": 0}), **model_args}
+    cfg = _timm_config(name)
+    if not cfg.get("fixed_input_size"):
+        image_size = args.pop("img_size", cfg["input_size"][-1])
+    else:
+        image_size = args.get("img_size", cfg["input_size"][-1])
+    try:
+        network = timm.create_model(name, pretrained=False, **args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"timm model {name} refuses {args}: {error}") from error
+    args["num_classes"] = network.num_classes
+    return Backbone(
+        network,
+        timm_tokens,
+        embed_dim=network.num_features,
+        patch_size=_stride(network),
+        num_prefix_tokens=_num_prefix_tokens(network),
+        preprocessing=preprocessing or _timm_preprocessing(cfg, image_size),
+        recipe={"library": "timm", "architecture": name, "model_args": args},
+        logits_of=_call if network.num_classes > 0 else None,
+    )
+
+
+def build_open_clip(
+    arch: str,
+    model_args: dict[str, Any] | None = None,
+    *,
+    tag: str | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Backbone:
+    """The visual tower of an open_clip architecture, with random weights, as a Backbone.
+
+    model_args: `quick_gelu` (bool) and `image_size` (int) replace the architecture's own values.
+    tag: the name of the weights that will be loaded; it decides the activation and the preprocessing where
+        open_clip states them, since weights trained with QuickGELU are wrong under GELU.
+    Raises ConfigError for an unknown architecture, and for CoCa's attentional pooling.
+    """
+    import open_clip
+    from open_clip.model import _build_vision_tower  # the public constructors also build the text tower
+
+    config = open_clip.get_model_config(arch)
+    if config is None:
+        raise ConfigError(
+            f"unknown open_clip architecture {arch}", hint=did_you_mean(arch, open_clip.list_models())
+        )
+    stated = _open_clip_tag(arch, tag)
+    args = {
+        "quick_gelu": bool(stated.get("quick_gelu", config.get("quick_gelu", False))),
+        **(model_args or {}),
+    }
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    args.setdefault("image_size", vision.get("image_size", 224))
+    if unknown := set(args) - {"quick_gelu", "image_size"}:
+        raise ConfigError(f"open_clip model {arch} does not take {', '.join(sorted(unknown))}")
+    if vision.get("attentional_pool"):
+        raise ConfigError(
+            f"open_clip model {arch} pools by attention before its final norm, so it has no token map"
+        )
+    vision["image_size"] = args["image_size"]
+    network = _build_vision_tower(config["embed_dim"], vision, args["quick_gelu"])
+    return _open_clip_backbone(
+        network,
+        recipe={"library": "open_clip", "architecture": arch, "model_args": args},
+        preprocessing=preprocessing or _open_clip_preprocessing(stated, args["image_size"]),
+    )
+
+
+def build_backbone(recipe: dict[str, Any]) -> Backbone:
+    """The backbone a recipe describes, with random weights; `recipe` is what `Backbone.recipe` holds.
+
+    recipe: {"library": "timm" | "open_clip", "architecture": str, "model_args": {...}, "preprocessing": {...}}.
+    """
+    preprocessing = _preprocessing_from_json(recipe["preprocessing"])
+    if recipe["library"] == "timm":
+        return build_timm(recipe["architecture"], recipe["model_args"], preprocessing=preprocessing)
+    if recipe["library"] == "open_clip":
+        return build_open_clip(recipe["architecture"], recipe["model_args"], preprocessing=preprocessing)
+    raise ConfigError(f"library {recipe['library']}: a backbone comes from timm or open_clip")
+
+
+def save_backbone(backbone: Backbone, folder: Path) -> None:
+    """Writes `student.safetensors` (the library's own names) and `student.json` (the recipe) into a folder.
+
+    Each file appears whole or not at all. A timm network loads without fdkit:
+    `timm.create_model(recipe["architecture"], **recipe["model_args"], checkpoint_path=".../student.safetensors")`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in backbone.network.state_dict().items()}
+    _write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(state, metadata={"format": "pt"}))
+    recipe = json.dumps(backbone.recipe, indent=2) + "\n"
+    _write_whole(folder / RECIPE_FILE, recipe.encode())
+
+
+def load_backbone(folder: Path) -> Backbone:
+    """The backbone `save_backbone` wrote, with its weights, in eval mode.
+
+    Raises WeightsError if a file is missing or damaged, or if names or shapes differ from the recipe's network.
+    """
+    backbone = build_backbone(_read_recipe(folder / RECIPE_FILE))
+    path = folder / WEIGHTS_FILE
+    try:
+        state = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot read the weights {path}: {error}") from error
+    check_state(backbone.network, state, source=str(path))
+    backbone.network.load_state_dict(state)
+    return backbone.eval()
+
+
+def check_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+    """Raises WeightsError unless `state` has exactly the names and shapes of the network; `source` names it."""
+    own = network.state_dict()
+    problems = [
+        _listed("missing", sorted(own.keys() - state.keys())),
+        _listed("unexpected", sorted(state.keys() - own.keys())),
+        _listed(
+            "wrong shape",
+            [
+                f"{key} {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
+                for key in sorted(own.keys() & state.keys())
+                if own[key].shape != state[key].shape
+            ],
+        ),
+    ]
+    if any(problems):
+        raise WeightsError(f"{source} does not fit the model: {'; '.join(filter(None, problems))}")
+
+
+def timm_tokens(network: nn.Module, images: Tensor) -> Tokens:
+    """Final tokens of a timm model, each through the model's own final norm; images are normalised.
+
+    Models that pool before that norm (BEiT, ConvNeXt) keep it as `fc_norm` or `head.norm`; it is applied to every
+    token here. Registers of a model without a class token are left out, so that a prefix starts with the class token.
+    """
+    features = _norm_after_pool(network)(network.forward_features(images))  # type: ignore[operator]
+    if features.ndim == 4:
+        is_channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+        return _map_tokens(features if is_channels_last else features.permute(0, 2, 3, 1))
+    num_prefix = int(getattr(network, "num_prefix_tokens", 0))
+    stride = _stride(network)
+    grid = (images.shape[-2] // stride, images.shape[-1] // stride)
+    patches = features[:, num_prefix:]
+    if patches.shape[1] != grid[0] * grid[1]:
+        raise ConfigError(
+            f"{type(network).__name__} gave {features.shape[1]} tokens, {num_prefix} of them prefix tokens, where a "
+            f"{grid[0]}x{grid[1]} grid was expected: it has no plain token map"
+        )
+    return Tokens(features[:, : _num_prefix_tokens(network)], patches, grid)
+
+
+def _open_clip_vit_tokens(visual: Any, images: Tensor) -> Tokens:
+    """Tokens of open_clip's own ViT: `ln_post` on every token, where CLIP itself keeps the class token alone."""
+    tokens = visual.ln_post(visual.transformer(visual._embeds(images)))
+    height, width = images.shape[-2] // visual.patch_size[0], images.shape[-1] // visual.patch_size[1]
+    return Tokens(tokens[:, :1], tokens[:, 1:], (height, width))
+
+
+def _open_clip_resnet_tokens(visual: Any, images: Tensor) -> Tokens:
+    """The last stage's map of open_clip's ResNet, before its attention pooling."""
+    features = visual.stem(images)
+    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        features = stage(features)
+    return _map_tokens(features.permute(0, 2, 3, 1))
+
+
+def _open_clip_trunk_tokens(visual: Any, images: Tensor) -> Tokens:
+    """Tokens of an open_clip tower that wraps a timm model."""
+    return timm_tokens(visual.trunk, images)
+
+
+def _open_clip_backbone(network: Any, *, recipe: dict[str, Any], preprocessing: Preprocessing) -> Backbone:
+    """Wraps an open_clip visual tower of any of its three kinds."""
+    make = partial(Backbone, network, recipe=recipe, preprocessing=preprocessing, logits_of=_call)
+    if hasattr(network, "trunk"):
+        trunk = network.trunk
+        return make(
+            _open_clip_trunk_tokens,
+            embed_dim=trunk.num_features,
+            patch_size=_stride(trunk),
+            num_prefix_tokens=_num_prefix_tokens(trunk),
+        )
+    if hasattr(network, "attnpool"):
+        width = network.layer4[-1].conv3.out_channels
+        return make(_open_clip_resnet_tokens, embed_dim=width, patch_size=32, num_prefix_tokens=0)
+    width = network.class_embedding.shape[0]
+    return make(_open_clip_vit_tokens, embed_dim=width, patch_size=network.patch_size[0], num_prefix_tokens=1)
+
+
+def _map_tokens(features: Tensor) -> Tokens:
+    """Tokens of a feature map (B, h, w, C), which has no prefix."""
+    patches = features.flatten(1, 2)
+    return Tokens(patches[:, :0], patches, (features.shape[1], features.shape[2]))
+
+
+def _norm_after_pool(network: nn.Module) -> nn.Module:
+    """The final norm of a timm model that keeps it behind its pooling; identity if tokens are normed already."""
+    if not isinstance(getattr(network, "norm", nn.Identity()), nn.Identity):
+        return nn.Identity()
+    for owner, name in ((network, "fc_norm"), (getattr(network, "head", None), "norm")):
+        norm = getattr(owner, name, None)
+        if isinstance(norm, nn.Module):
+            return norm
+    return nn.Identity()
+
+
+def _call(network: nn.Module, images: Tensor) -> Tensor:
+    return network(images)
+
+
+def _num_prefix_tokens(network: nn.Module) -> int:
+    """Prefix tokens handed on: none without a class token, even if the network has registers."""
+    count = int(getattr(network, "num_prefix_tokens", 0))
+    return count if getattr(network, "cls_token", None) is not None else 0
+
+
+def _stride(network: Any) -> int:
+    """Input pixels between neighbouring final tokens."""
+    info = getattr(network, "feature_info", None)
+    if info:
+        reduction = info[-1]["reduction"]
+        return int(reduction[0] if isinstance(reduction, (tuple, list)) else reduction)
+    if hasattr(network, "patch_embed"):
+        return int(network.patch_embed.patch_size[0])
+    raise ConfigError(f"{type(network).__name__} does not say how many pixels lie between its tokens")
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    """What timm states about a model's weights and input; ConfigError for an unknown model."""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ConfigError(f"unknown timm model {name}", hint=did_you_mean(architecture, timm.list_models()))
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = [model.partition(".")[2] for model in timm.list_pretrained(f"{architecture}.*")]
+        raise ConfigError(
+            f"timm model {architecture} has no weights {tag}", hint=did_you_mean(tag, known)
+        ) from error
+    return dict(cfg.to_dict())
+
+
+def _timm_preprocessing(cfg: dict[str, Any], image_size: int) -> Preprocessing:
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    return Preprocessing(mean, std, image_size, float(cfg["crop_pct"]), str(cfg["interpolation"]))
+
+
+def _open_clip_tag(arch: str, tag: str | None) -> dict[str, Any]:
+    """What open_clip states about the weights `tag` of an architecture; ConfigError for an unknown tag."""
+    import open_clip
+
+    if tag is None:
+        return {}
+    stated = open_clip.get_pretrained_cfg(arch, tag)
+    if not stated:
+        known = open_clip.list_pretrained_tags_by_model(arch)
+        raise ConfigError(f"open_clip model {arch} has no weights {tag}", hint=f"known: {', '.join(known)}")
+    return dict(stated)
+
+
+def _open_clip_preprocessing(stated: dict[str, Any], image_size: int) -> Preprocessing:
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    return Preprocessing(
+        mean=tuple(stated.get("mean") or OPENAI_DATASET_MEAN),
+        std=tuple(stated.get("std") or OPENAI_DATASET_STD),
+        image_size=image_size,
+        crop_ratio=1.0,
+        interpolation=stated.get("interpolation") or "bicubic",
+    )
+
+
+def _preprocessing_from_json(values: dict[str, Any]) -> Preprocessing:
+    return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe in a file; WeightsError if it is missing, is not JSON, or lacks a part."""
+    try:
+        recipe = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot read the model recipe {path}: {error}") from error
+    needed = ("library", "architecture", "model_args", "preprocessing")
+    if missing := [key for key in needed if key not in recipe]:
+        raise WeightsError(f"{path} lacks {', '.join(missing)}")
+    return dict(recipe)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is never seen half-written; permissions follow the umask, unlike safetensors' own 0600."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _listed(what: str, names: list[str]) -> str:
+    """`missing 7: a, b, c, d, e, ...`; empty without names."""
+    if not names:
+        return ""
+    return f"{what} {len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
