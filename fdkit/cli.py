@@ -209,18 +209,21 @@ def _nested(annotation: Any) -> type[Config] | None:
 def _tyro_arguments(kind: type[Config], arguments: list[str]) -> Iterator[str]:
     """The arguments with `--flag true|false` as tyro's flag pairs, and `10,20` as two numbers."""
     switches = set(_switches(kind))
+    aliases: dict[str, str] = getattr(kind, "ALIASES", {})
     skip = False
     for position, argument in enumerate(arguments):
         if skip:
             skip = False
             continue
         following = arguments[position + 1].lower() if position + 1 < len(arguments) else ""
-        name, _, value = argument.partition("=")
+        name, equals, value = argument.partition("=")
         if name.replace("-", "_").lstrip("_") in switches and (value or following) in {"true", "false"}:
             skip = not value
             parent, _, leaf = name[2:].rpartition(".")
             negated = f"--{parent}.no-{leaf}" if parent else f"--no-{leaf}"
             yield name if (value or following) == "true" else negated
+        elif name in aliases:
+            yield f"{aliases[name]}{equals}{value}"
         elif re.fullmatch(r"[-+.\deE]+(,[-+.\deE]+)+", argument):
             yield from argument.split(",")
         else:

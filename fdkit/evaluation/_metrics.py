@@ -1,4 +1,4 @@
-"""What every evaluator says in the same way: the place of the true class among the scores, and the JSON it returns."""
+"""What evaluators share: the place of the true class among the scores, and the JSON they return."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ Metrics = dict[str, Any]
 def rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before the true one, (N,) int64: 0 is a top-1 hit, below 5 a top-5 hit.
 
-    scores: (N, C), higher is likelier; labels: (N,) in [0, C). Equal scores: the lower class comes first, so the
-    answer is the same on every device, unlike that of argmax or topk.
+    scores: (N, C), higher is likelier; labels: (N,) in [0, C). Of equal scores the lower class comes
+    first, so the answer is the same on every device, unlike that of argmax or topk.
     """
     own = scores.gather(1, labels[:, None])
     classes = torch.arange(scores.shape[1], device=scores.device)

@@ -34,7 +34,7 @@ class Features(NamedTuple):
     classes: tuple[str, ...]
     """Class names."""
     info: dict[str, Any]
-    """Where they come from, as plain JSON: model, pooling, preprocessing, source, fingerprint, skipped images."""
+    """Where they come from, as plain JSON: model, pooling, crop, source, fingerprint, skipped images."""
 
     def to(self, device: torch.device | str) -> "Features":
         """The same features on another device, where the evaluators then run."""
@@ -51,17 +51,20 @@ def extract_features(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
 ) -> Features:
-    """Features of every readable image of a labelled source, float32 on the CPU, from the model's own evaluation crop.
+    """Features of every readable image of a labelled source, from the model's own evaluation crop; on the CPU.
 
-    pooling: "cls", the class token; "patches", the mean of the patch tokens; "auto", the class token where the model
-    has one. precision: "bf16" runs the network under autocast. A Backbone in training is put in eval mode meanwhile.
-    Raises DataError if the source has no labels, ConfigError if "cls" is asked of a model without a class token.
+    pooling: "cls", the class token; "patches", the mean of the patch tokens; "auto", the class token where the
+    model has one. precision: "bf16" runs the network under autocast. A Backbone that is being trained works in
+    eval mode meanwhile. Raises DataError if the source has no labels, ConfigError if "cls" is asked of a model
+    without a class token.
     """
     device = torch.device(device)
     backbone = model if isinstance(model, Backbone) else model.backbone
     chosen = resolve_pooling(backbone, pooling)
     want = backbone.preprocessing
-    views = CenterCrop(image_size=want.image_size, crop_ratio=want.crop_ratio, interpolation=want.interpolation)
+    views = CenterCrop(
+        image_size=want.image_size, crop_ratio=want.crop_ratio, interpolation=want.interpolation
+    )
     model.to(device)
 
     def encode(images: Tensor) -> Tensor:
@@ -71,9 +74,7 @@ def extract_features(
 
     with _evaluating(backbone):
         features = encode_source(encode, source, views, batch_size=batch_size, loader=loader, device=device)
-    name = backbone.recipe.get("architecture", "student") if isinstance(model, Backbone) else model.name
-    info = {
-        "model": name,
+    info = _identity(model) | {
         "pooling": chosen,
         "image_size": want.image_size,
         "crop_ratio": want.crop_ratio,
@@ -106,12 +107,12 @@ def encode_source(
     """What `encode` makes of every readable image of a labelled source, float32 on the CPU.
 
     encode: maps images (B, 3, H, W) in [0, 1] on the device to (B, D); called without gradient.
-    Raises DataError if the source has no labels or no readable image, NumericsError if a feature is not finite.
+    Raises DataError without labels or readable images, NumericsError if a feature is not finite.
     """
     if source.labels is None:
         raise DataError(
             f"{source.name} has no labels, and accuracy needs them",
-            "put the images of each class in a folder of their own: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg",
+            "put the images of each class in a folder of its own: DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg",
         )
     values, labels, kept, count = torch.empty(0), torch.empty(len(source), dtype=torch.int64), set[int](), 0
     for batch in evaluation_batches(source, views, loader or LoaderConfig(), batch_size=batch_size):
@@ -130,11 +131,15 @@ def encode_source(
         raise DataError(f"no image of {source.name} could be read")
     skipped = [source.describe(index) for index in range(len(source)) if index not in kept]
     info = {"source": source.name, "fingerprint": source.fingerprint, "num_images": count, "skipped": skipped}
-    return Features(values[:count], labels[:count], tuple(source.classes), info)
+    classes = tuple(source.classes) or tuple(str(label) for label in range(int(labels[:count].max()) + 1))
+    return Features(values[:count], labels[:count], classes, info)
 
 
 def resolve_pooling(backbone: Backbone, pooling: Pooling) -> Literal["cls", "patches"]:
-    """The pooling asked for, "auto" decided. Raises ConfigError for "cls" of a model without a class token."""
+    """The pooling asked for, with "auto" decided.
+
+    Raises ConfigError for "cls" of a model without a class token.
+    """
     if pooling == "auto":
         return "cls" if backbone.num_prefix_tokens > 0 else "patches"
     if pooling == "cls" and backbone.num_prefix_tokens == 0:
@@ -146,13 +151,18 @@ def paired(train: Features, test: Features) -> tuple[Features, Features]:
     """Both features with the labels of test counted in the classes of train, which are matched by name.
 
     A test folder without images of some class numbers the others differently; this puts that right.
-    Raises DataError if test has a class that train lacks, or either holds no image; ConfigError if widths differ.
+    Raises DataError if either holds no image or test has a class that train lacks, ConfigError if widths
+    differ.
     """
     if len(train.values) == 0 or len(test.values) == 0:
-        raise DataError(f"{len(train.values)} training and {len(test.values)} test images are too few to evaluate")
+        raise DataError(
+            f"{len(train.values)} training and {len(test.values)} test images are too few to evaluate"
+        )
     if train.values.shape[1] != test.values.shape[1]:
         widths = f"{train.values.shape[1]} and {test.values.shape[1]}"
-        raise ConfigError(f"training and test features have widths {widths}", "extract both with one model and pooling")
+        raise ConfigError(
+            f"training and test features have widths {widths}", "extract both with one model and pooling"
+        )
     device = train.values.device
     train, test = train.to(device), test.to(device)
     if train.classes == test.classes:
@@ -167,6 +177,17 @@ def paired(train: Features, test: Features) -> tuple[Features, Features]:
     return train, test._replace(labels=position[test.labels], classes=train.classes)
 
 
+def _identity(model: Teacher | Backbone) -> dict[str, Any]:
+    if isinstance(model, Backbone):
+        return {"model": model.recipe.get("architecture", "student")}
+    return {
+        "model": model.name,
+        "model_source": model.source,
+        "license": model.license,
+        "sha256": model.sha256,
+    }
+
+
 def _check_finite(found: Tensor, source: ImageSource, indices: Tensor) -> None:
     finite = found.isfinite().all(dim=1)
     if not finite.all():
@@ -179,7 +200,7 @@ def _check_finite(found: Tensor, source: ImageSource, indices: Tensor) -> None:
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in eval mode; afterwards every part of it is back in its own mode, frozen parts included."""
+    """The network in eval mode; afterwards each of its parts is back in its own mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:

@@ -1,10 +1,11 @@
-"""Weighted k-nearest-neighbour accuracy of frozen features: no training, no hyper-parameter but k and temperature.
+"""Weighted k-nearest-neighbour accuracy of frozen features: nothing to train, only k and a temperature to set.
 
 Features are scaled to unit length; the k most similar training images vote for their class with weight
 exp(cosine similarity / temperature). All k and temperatures asked for come from one search of the largest k,
 which goes through queries and bank in blocks, so memory does not grow with either. Nothing is chosen by the
 result: the headline is the first k and temperature of the configuration.
-Source: Wu et al. 2018 (Non-parametric instance discrimination), section 3.4; Caron et al. 2021 (DINO), appendix F.
+Source: Wu et al. 2018 (Non-parametric instance discrimination), section 3.4; Caron et al. 2021 (DINO),
+appendix F.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from fdkit.evaluation._metrics import Metrics, accuracies, rank_of_label
 from fdkit.evaluation.features import Features, paired
 
 # Blocks of the similarity matrix: on a CPU they stay in the cache, on a GPU (0.5 GB) they fill it.
-BLOCK_CPU = (512, 2048)
+BLOCK_CPU = (1024, 4096)
 BLOCK_GPU = (2048, 65536)
 
 
@@ -31,14 +32,14 @@ class KNNConfig(Config):
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field((20,), min_length=1)
     """Numbers of voting neighbours, at most the training images; the first is the headline."""
     temperature: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.07,), min_length=1)
-    """Divides cosine similarity before the exponential: the lower, the more the nearest decide; the first is the headline."""
+    """Divides cosine similarity before the exponential, so low values favour the nearest; the first is the headline."""
 
 
 def evaluate(train: Features, test: Features, config: KNNConfig) -> Metrics:
-    """Accuracy on test of a vote among train, for every k and temperature; runs on the device of train.values.
+    """Accuracy on test of a vote among train, for every k and temperature, on the device of train.values.
 
-    Returns {"evaluator", "k", "temperature", "top1", "top5" (of 5 classes or more), "results": [one entry a k and
-    temperature, in the order asked], "train", "test"}. A class without a vote is never a top-5 hit.
+    Returns {"evaluator", "k", "temperature", "top1", "top5" (of 5 classes or more), "results": [one entry a
+    k and temperature, in the order asked], "train", "test"}. A class without a vote is never a top-5 hit.
     Raises ConfigError if a k exceeds the training images, DataError if test has classes that train lacks.
     """
     train, test = paired(train, test)
@@ -126,7 +127,7 @@ def _votes(
     weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
     votes = weights.new_zeros(len(weights), num_classes)
     for position in range(max(ks)):
-        # One vote a query at a time, nearest first: the sum is the same on every device and for every largest k.
+        # One vote a query at a time, nearest first: the sum is the same on every device, whatever the largest k.
         chosen = slice(position, position + 1)
         votes.scatter_add_(1, voters[:, chosen], weights[:, chosen])
         if position + 1 in ks:

@@ -10,19 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def in_group() -> bool:
-    """Whether a process group runs, even one of a single rank."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def world_size() -> int:
     """How many ranks train together."""
-    return dist.get_world_size() if in_group() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Which of the ranks this is, from 0."""
-    return dist.get_rank() if in_group() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Initialisation and fixed positions of timm's vision transformers, where a method asks for its own."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ def sincos_position(grid: tuple[int, int], dim: int, *, first: Literal["row", "c
     return torch.cat(halves, dim=1)
 
 
-def fix_position(network: nn.Module, *, first: Literal["row", "column"]) -> None:
-    """Replace the position embedding of a timm vision transformer by the frozen sine-cosine one, 0 for prefix tokens."""
+def fix_position(network: Any, *, first: Literal["row", "column"]) -> None:
+    """Give a timm vision transformer frozen sine-cosine positions, in place; 0 for prefix tokens."""
     grid, position = network.patch_embed.grid_size, network.pos_embed
     table = sincos_position(grid, position.shape[-1], first=first)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def fix_position(network: nn.Module, *, first: Literal["row", "column"]) -> None
 
 
 @torch.no_grad()
-def xavier_initialise(network: nn.Module) -> None:
+def xavier_initialise(network: Any) -> None:
     """Initialise a timm vision transformer as MoCo v3 does, in place.
 
     Xavier-uniform matrices with query, key and value counted as three, and the patch projection as one matrix from
@@ -63,7 +63,7 @@ def xavier_initialise(network: nn.Module) -> None:
         nn.init.normal_(network.cls_token, std=1e-6)
 
 
-def patch_projection(network: nn.Module) -> nn.Conv2d | None:
+def patch_projection(network: Any) -> nn.Conv2d | None:
     """The one convolution that makes patches into tokens; None for models that have no such layer."""
     projection = getattr(getattr(network, "patch_embed", None), "proj", None)
     return projection if isinstance(projection, nn.Conv2d) else None

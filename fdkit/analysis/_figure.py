@@ -1,0 +1,119 @@
+"""How every figure looks, and how it becomes a file: one style, two widths, no global drawing state."""
+
+import io
+import textwrap
+from collections.abc import Callable
+from functools import wraps
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE = 7.2
+"""Inches: a column of text on a desktop."""
+NARROW = 3.7
+"""Inches: a phone held upright. Text keeps its size, panels stand below each other."""
+
+# Colours people with any colour vision tell apart. Source: Okabe and Ito 2008, "Color Universal Design".
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#aa5a8c", "#56b4e9"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+GREY = "#767676"
+INK = "#222222"
+
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look alike everywhere
+    "font.size": 9.5,
+    "axes.facecolor": "none",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.7,
+    "legend.columnspacing": 1.4,
+    "legend.handlelength": 1.6,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "fdkit",  # the same figure gives the same bytes
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_style(draw: Callable[P, R]) -> Callable[P, R]:
+    """The same function, run with the figures' style and matplotlib's own settings untouched afterwards."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
+        import matplotlib
+
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure that keeps its parts from overlapping; inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def panels(
+    count: int, *, width: float, height: float = 2.7, share_y: bool = False
+) -> tuple["Figure", "list[Axes]"]:
+    """A figure with `count` panels in as many columns as fit the width; height: inches a row."""
+    columns = max(1, min(count, int(width // 2.2)))
+    rows = ceil(count / columns)
+    figure = new_figure(width, height * rows + 0.3)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
+    axes = list(grid.flat)
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return figure, axes[:count]
+
+
+def wrapped(title: str, axes: "Axes") -> str:
+    """A panel's title, broken into lines that fit above the panel."""
+    figure_width = axes.get_figure().get_size_inches()[0]
+    columns = axes.get_subplotspec().get_gridspec().ncols
+    return textwrap.fill(title, width=round(9.5 * figure_width / columns))
+
+
+@in_style
+def figure_bytes(figure: "Figure", kind: str = "svg", *, transparent: bool = False) -> bytes:
+    """The figure as a file's content, the same bytes each time.
+
+    kind: "svg" or "png" (200 dots an inch); transparent: without the white background.
+    """
+    buffer = io.BytesIO()
+    background = "none" if transparent else "white"
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(buffer, format=kind, dpi=200, facecolor=background, metadata=metadata)
+    return buffer.getvalue()
+
+
+def save_figure(figure: "Figure", stem: Path) -> list[Path]:
+    """Writes stem.svg and stem.png, and returns their paths."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
+    for path in paths:
+        path.write_bytes(figure_bytes(figure, path.suffix[1:]))
+    return paths

@@ -1,0 +1,105 @@
+"""What every command shares: its common fields, its plug-ins, the device, and how a result is given back."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import tyro
+from pydantic import Field
+
+from fdkit.config import Config, Values, find_recipe, read_yaml, recipe_names, validate
+from fdkit.errors import OutputError
+
+
+class Command(Config):
+    """Fields of every command."""
+
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:1. A device that is not there is an error."""
+    seed: int = 0
+    """Seed of everything random."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(default=False, exclude=True)
+    """Print one JSON document on standard output and nothing else there."""
+
+
+class ModelOptions(Config):
+    """How a model is loaded."""
+
+    architecture: str | None = None
+    """timm name of the network in a checkpoint file, where the file does not tell."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Height and width of its input in pixels; none means the model's own."""
+    pretrained: bool = True
+    """Whether weights are loaded; `--model.pretrained false` gives random ones, for a comparison."""
+
+
+class Outcome(NamedTuple):
+    """What a command found: plain numbers for `--json`, and the way to show them to a person."""
+
+    numbers: dict[str, Any]
+    show: Callable[[], None]
+
+
+def plugins(package: str) -> list[str]:
+    """Command-line names of the plug-ins in a package: its files that define `function`, such as "knn"."""
+    folder = Path(import_module(f"fdkit.{package}").__path__[0])
+    return sorted(
+        path.stem.replace("_", "-") for path in folder.glob("*.py") if not path.stem.startswith("_")
+    )
+
+
+def plugin(package: str, name: str) -> ModuleType:
+    """The module of a plug-in, by its command-line name."""
+    return import_module(f"fdkit.{package}.{name.replace('-', '_')}")
+
+
+def config_of(function: Callable[..., Any]) -> type[Config]:
+    """The configuration a plug-in's function takes, read from the type of its parameter `config`."""
+    return get_type_hints(function)["config"]
+
+
+def resolve(kind: type[Config], values: Values, command: str, choice: str) -> Config:
+    """The configuration of a call from Python: the recipe named or implied, then the given values over it."""
+    asked = values.pop("recipe", None)
+    named = f"{command}/{choice}"
+    recipe = asked or (named if named in recipe_names() else None)
+    base = read_yaml(find_recipe(recipe, command)) if recipe else {}
+    return validate(kind, _over(base, values), f"fdkit.{command}")
+
+
+def _over(base: Values, values: Values) -> Values:
+    merged = dict(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _over(merged[key], value) if both else value
+    return merged
+
+
+def default_output(*parts: str) -> Path:
+    """A fresh folder under runs/ named after the parts and the time, such as runs/distill-demo-20261121-213600."""
+    words = [re.sub(r"[^\w.]+", "-", part).strip("-")[:60] for part in parts]
+    return Path("runs") / "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
+
+
+def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
+    """Raises OutputError if a file is there already, unless it may be overwritten."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path}: is there already", "use --overwrite, or another --output")
+
+
+def write_result(path: Path, numbers: dict[str, Any]) -> None:
+    """Write numbers as JSON, whole or not at all. Raises OutputError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,81 @@
+"""What the commands that train share: their fields, and the way from a method to a finished run folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fdkit.commands._command import Command, Outcome
+from fdkit.commands._monitor import MonitorConfig, build_monitor
+from fdkit.config import to_yaml
+from fdkit.data.loader import LoaderConfig, steps_per_epoch
+from fdkit.data.sources import ImageSource, open_source
+from fdkit.methods._method import Method
+from fdkit.training.distributed import local_device, process_group
+from fdkit.training.loop import TrainConfig, train
+from fdkit.training.optimizer import OptimizerConfig
+from fdkit.training.run import Run
+
+
+class TrainingCommand(Command):
+    """Fields of every command that trains."""
+
+    data: str
+    """Images: a folder (its train/ if it has one; labels are not needed), digits, demo, or torchvision:CIFAR10."""
+    recipe: str | None = Field(default=None, exclude=True)
+    """A YAML file or the name of a shipped recipe; flags win over it."""
+    output: Path | None = Field(default=None, exclude=True)
+    """The run folder; by default a fresh one under runs/."""
+    resume: bool = Field(default=False, exclude=True)
+    """Continue the run in --output exactly where its newest sound checkpoint stands; start it if there is none."""
+    overwrite: bool = Field(default=False, exclude=True)
+    """Start anew in --output; what is there is moved to OUTPUT.old-N, never deleted."""
+    loader: LoaderConfig = LoaderConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimizerConfig = OptimizerConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+
+def run_training(
+    config: Any,
+    folder: Path,
+    build: Callable[[ImageSource], tuple[Method, dict[str, Any]]],
+    *,
+    handle_signals: bool,
+) -> Outcome:
+    """Open the run folder, train, export the student, and say where it is.
+
+    build: the method for these images, and what run.json is to say about it.
+    """
+    device = local_device(config.device)
+    with (
+        process_group(device),
+        Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
+    ):
+        source = open_source(config.data, "train")
+        method, facts = build(source)
+        run.update(**facts)
+        per_epoch = steps_per_epoch(source, config.train.batch_size)
+        monitors = build_monitor(config.monitor, config.data, steps_per_epoch=per_epoch, loader=config.loader)
+        train(
+            method,
+            source,
+            run,
+            train=config.train,
+            optim=config.optim,
+            loader=config.loader,
+            seed=config.seed,
+            device=device,
+            monitors=monitors,
+            handle_signals=handle_signals,
+        )
+        last = run.metrics()[-1] if run.writes else {}
+    numbers = {"run": str(folder), "last": last}
+    return Outcome(numbers, lambda: _show(folder))
+
+
+def _show(folder: Path) -> None:
+    print(f"{folder}: done; the student is {folder}/student.safetensors")
+    print(f"next: fdkit evaluate knn {folder} --data LABELLED_IMAGES")
+    print(f"      fdkit analyze attention-distance {folder} --data IMAGES")

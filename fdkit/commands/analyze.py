@@ -1,0 +1,143 @@
+"""`fdkit analyze attention-distance MODEL [MODEL ...] --data PATH`: what differs between models."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import Field, create_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fdkit.analysis._figure import save_figure
+from fdkit.analysis.observe import Observed
+from fdkit.commands._command import (
+    Command,
+    ModelOptions,
+    Outcome,
+    config_of,
+    default_output,
+    plugin,
+    plugins,
+    refuse_existing,
+    resolve,
+    write_result,
+)
+from fdkit.config import Config
+from fdkit.data.loader import LoaderConfig, evaluation_batches
+from fdkit.data.sources import ImageSource, open_source
+from fdkit.data.views import CenterCrop
+from fdkit.errors import ConfigError
+from fdkit.teachers.loading import load_teacher
+from fdkit.teachers.teacher import Teacher
+from fdkit.training.distributed import local_device
+
+SHARED_FILES = {"observe"}
+
+
+class AnalyzeConfig(Command):
+    """Look into one model, or compare several.
+
+    Example: fdkit analyze attention-distance demo RUN --data demo
+    """
+
+    model: tyro.conf.Positional[tuple[str, ...]]
+    """Models: catalog names, timm:NAME, open_clip:ARCH/TAG, checkpoint files, run folders, or demo."""
+    data: str
+    """Images: a folder, digits, or demo; labels are not needed."""
+    split: str = "all"
+    """Which images: all, train, test, or a split folder's name."""
+    output: Path | None = Field(default=None, exclude=True)
+    """Folder for the numbers (JSON) and the figure (SVG, PNG); by default a fresh one under runs/."""
+    overwrite: bool = Field(default=False, exclude=True)
+    """Replace results that are there already."""
+    load: ModelOptions = ModelOptions()
+    loader: LoaderConfig = LoaderConfig()
+
+
+def choices() -> list[str]:
+    """The analyses."""
+    return [name for name in plugins("analysis") if name not in SHARED_FILES]
+
+
+def config_class(choice: str) -> type[Config]:
+    """The configuration of one analysis: the command's fields and its own."""
+    own = config_of(plugin("analysis", choice).analyze)
+    return create_model(
+        f"Analyze_{choice}",
+        __base__=(AnalyzeConfig, own),
+        __doc__=AnalyzeConfig.__doc__,
+        analysis=(Literal[choice], Field(default=choice, exclude=True)),  # type: ignore[valid-type]
+    )
+
+
+def run(config: Any) -> Outcome:
+    """Observe every model on the same images, and write numbers and figure."""
+    if not config.model:
+        raise ConfigError("no model given", f"fdkit analyze {config.analysis} MODEL [MODEL ...] --data PATH")
+    folder = config.output or default_output(config.analysis)
+    files = {suffix: folder / f"{config.analysis}.{suffix}" for suffix in ("json", "svg", "png")}
+    refuse_existing(files.values(), overwrite=config.overwrite)
+    device = local_device(config.device)
+    source = open_source(config.data, config.split)
+    models = [load_teacher(name, **config.load.model_dump()).to(device) for name in config.model]
+    observed = [
+        Observed(name, model, _images(model, source, config))
+        for name, model in zip(_labels(config.model), models, strict=True)
+    ]
+    analysis = plugin("analysis", config.analysis).analyze(observed, config)
+    numbers = analysis.numbers | {"command": config.model_dump(mode="json")}
+    write_result(files["json"], numbers)
+    save_figure(analysis.figure(), folder / config.analysis)
+    return Outcome(numbers, lambda: _show(numbers, files))
+
+
+def analyze(
+    analysis: str, model: str | Path | Sequence[str | Path], data: str | Path, **fields: Any
+) -> dict[str, Any]:
+    """The numbers of `fdkit analyze`; fields are those of its configuration.
+
+    Example: fdkit.analyze("attention-distance", ["dino_vitb", "runs/a"], data="photos/")["models"][0]["mean"]
+    """
+    names = [model] if isinstance(model, (str, Path)) else list(model)
+    values = {"model": tuple(str(name) for name in names), "data": str(data), **fields}
+    return run(resolve(config_class(analysis), values, "analyze", analysis)).numbers
+
+
+def _images(model: Teacher, source: ImageSource, config: Any) -> Iterator[Tensor]:
+    """The model's own evaluation crops of the first images, batch by batch."""
+    want = model.backbone.preprocessing
+    views = CenterCrop(
+        image_size=want.image_size, crop_ratio=want.crop_ratio, interpolation=want.interpolation
+    )
+    for batch in evaluation_batches(source, views, config.loader, batch_size=config.batch_size):
+        yield views.finish(batch.crops, batch.colour)[0]
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """What figures call the models: the last part of a path, whole names where that is not unique."""
+    short = [Path(name).name or name for name in names]
+    return [part if short.count(part) == 1 else name for part, name in zip(short, names, strict=True)]
+
+
+def _show(numbers: dict[str, Any], files: dict[str, Path]) -> None:
+    """The mean over heads of every layer, a column a model, and where the files are."""
+    models = numbers["models"]
+    table = Table(
+        title=f"{numbers['analysis']}, {numbers['unit']}s, mean of heads ± spread", title_justify="left"
+    )
+    table.add_column("layer", justify="right")
+    for model in models:
+        table.add_column(model["name"], justify="right")
+    for layer in range(max(len(model["mean"]) for model in models)):
+        cells = [
+            f"{model['mean'][layer]:.1f} ± {model['head_std'][layer]:.1f}"
+            if layer < len(model["mean"])
+            else ""
+            for model in models
+        ]
+        table.add_row(str(layer + 1), *cells)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    console.print(f"saved {files['json']} and the figure {files['svg']}")

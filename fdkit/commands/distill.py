@@ -1,0 +1,78 @@
+"""`fdkit distill --teacher clip_vitb --data PATH`: a better student from a pretrained teacher."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from fdkit.commands._command import Outcome, default_output, resolve
+from fdkit.commands._training import TrainingCommand, run_training
+from fdkit.config import Config
+from fdkit.data.sources import ImageSource
+from fdkit.data.views import CropConfig, RandomCrop
+from fdkit.methods._method import Method
+from fdkit.methods.feature_distillation import FeatureDistillation, FeatureDistillationConfig
+from fdkit.models.student import StudentConfig, build_student
+from fdkit.teachers.loading import load_teacher
+
+
+class DistillConfig(TrainingCommand):
+    """Distil a pretrained teacher into a student that sees positions relatively and regresses whitened features.
+
+    Example: fdkit distill --teacher demo --data demo --output runs/first
+    """
+
+    ALIASES: ClassVar[dict[str, str]] = {"--student": "--student.name"}
+
+    teacher: str
+    """A catalog name, timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo."""
+    teacher_architecture: str | None = None
+    """timm name of the network in a teacher's checkpoint file, where the file does not tell."""
+    teacher_image_size: int | None = Field(default=None, ge=1)
+    """Height and width of the teacher's input in pixels; none means its own."""
+    pretrained: bool = True
+    """Whether the teacher's weights are loaded; `--pretrained false` distils a random network, as a control."""
+    student: StudentConfig = StudentConfig()
+    distillation: FeatureDistillationConfig = FeatureDistillationConfig()
+    views: CropConfig = CropConfig()
+
+    @field_validator("student", mode="before")
+    @classmethod
+    def _student_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+def config_class() -> type[Config]:
+    """The configuration of the command."""
+    return DistillConfig
+
+
+def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
+    """Train the student and leave it in the run folder."""
+    folder = config.output or default_output("distill", config.teacher)
+
+    def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
+        teacher = load_teacher(
+            config.teacher,
+            architecture=config.teacher_architecture,
+            image_size=config.teacher_image_size,
+            pretrained=config.pretrained,
+        )
+        student = build_student(
+            config.student, teacher.backbone, image_size=config.views.image_size, seed=config.seed
+        )
+        views = RandomCrop(config.views)
+        method = FeatureDistillation(teacher, student, views, config.distillation)
+        return method, {"teacher": teacher.identity()}
+
+    return run_training(config, folder, build, handle_signals=handle_signals)
+
+
+def distill(teacher: str | Path, data: str | Path, **fields: Any) -> Path:
+    """The run folder of a finished distillation; fields are those of its configuration.
+
+    Example: fdkit.distill("clip_vitb", "photos/", output="runs/a", train={"epochs": 10})
+    """
+    values = {"teacher": str(teacher), "data": str(data), **fields}
+    config = resolve(DistillConfig, values, "distill", str(teacher))
+    return Path(run(config, handle_signals=False).numbers["run"])

@@ -1,0 +1,127 @@
+"""`fdkit evaluate knn|linear MODEL --data PATH`: how good frozen features are."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import Field, create_model
+from rich.console import Console
+from rich.table import Table
+
+from fdkit.commands._command import (
+    Command,
+    ModelOptions,
+    Outcome,
+    config_of,
+    plugin,
+    plugins,
+    resolve,
+    write_result,
+)
+from fdkit.config import Config
+from fdkit.data.loader import LoaderConfig
+from fdkit.data.sources import open_source
+from fdkit.evaluation.features import extract_features
+from fdkit.teachers.loading import load_teacher
+from fdkit.training.distributed import local_device
+
+SHARED_FILES = {"features"}
+
+
+class EvaluateConfig(Command):
+    """Measure a frozen model.
+
+    Example: fdkit evaluate knn demo --data demo --k 10,20
+    """
+
+    model: tyro.conf.Positional[str]
+    """A catalog name, timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo."""
+    data: str
+    """Labelled images: a folder with train/ and test/ (or val/, validation/) of class folders, digits, or demo."""
+    split: str = "test"
+    """The split to measure on: test (the first of test/, val/, validation/ that is there) or a folder's name."""
+    pooling: Literal["auto", "cls", "patches"] = "auto"
+    """The feature of an image: its class token, the mean of its patch tokens, or auto: cls where there is one."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images a forward pass."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass."""
+    output: Path | None = Field(default=None, exclude=True)
+    """File for the result as JSON; the result of a run folder is kept in its results/ too."""
+    load: ModelOptions = ModelOptions()
+    loader: LoaderConfig = LoaderConfig()
+
+
+def choices() -> list[str]:
+    """The evaluators."""
+    return [name for name in plugins("evaluation") if name not in SHARED_FILES]
+
+
+def config_class(choice: str) -> type[Config]:
+    """The configuration of one evaluator: the command's fields and its own."""
+    own = config_of(plugin("evaluation", choice).evaluate)
+    return create_model(
+        f"Evaluate_{choice}",
+        __base__=(EvaluateConfig, own),
+        __doc__=EvaluateConfig.__doc__,
+        evaluator=(Literal[choice], Field(default=choice, exclude=True)),  # type: ignore[valid-type]
+    )
+
+
+def run(config: Any) -> Outcome:
+    """Extract features of both splits once, and evaluate them."""
+    device = local_device(config.device)
+    teacher = load_teacher(config.model, **config.load.model_dump())
+    features = [
+        extract_features(
+            teacher,
+            open_source(config.data, split),
+            pooling=config.pooling,
+            batch_size=config.batch_size,
+            loader=config.loader,
+            device=device,
+            precision=config.precision,
+        )
+        for split in ("train", config.split)
+    ]
+    evaluator = plugin("evaluation", config.evaluator)
+    numbers = evaluator.evaluate(*(part.to(device) for part in features), config)
+    numbers["command"] = config.model_dump(mode="json")
+    for path in _result_files(config):
+        write_result(path, numbers)
+    return Outcome(numbers, lambda: _show(config, numbers))
+
+
+def evaluate(evaluator: str, model: str | Path, data: str | Path, **fields: Any) -> dict[str, Any]:
+    """The numbers of `fdkit evaluate`; fields are those of its configuration.
+
+    Example: fdkit.evaluate("knn", "runs/a", data="photos/", k=(10, 20))["top1"]
+    """
+    values = {"model": str(model), "data": str(data), **fields}
+    return run(resolve(config_class(evaluator), values, "evaluate", evaluator)).numbers
+
+
+def _result_files(config: Any) -> list[Path]:
+    files = [config.output] if config.output else []
+    folder = Path(config.model)
+    if (folder / "student.json").is_file():
+        files.append(folder / "results" / f"{config.evaluator}-{config.split}.json")
+    return files
+
+
+def _show(config: Any, numbers: dict[str, Any]) -> None:
+    """The accuracies as a small table on standard output."""
+    results = numbers.get("results", [numbers])
+    settings = [key for key in ("k", "temperature", "lr", "weight_decay") if key in results[0]]
+    metrics = [key for key in ("top1", "top5", "validation_top1") if key in results[0]]
+    title = f"{config.evaluator} of {config.model} on {config.split} of {config.data}"
+    table = Table(title=title, title_justify="left")
+    for name in (*settings, *metrics):
+        table.add_column(name, justify="right")
+    for result in results:
+        cells = [f"{result[key]:g}" for key in settings] + [f"{100 * result[key]:.2f} %" for key in metrics]
+        table.add_row(*cells)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    for path in _result_files(config):
+        console.print(f"saved {path}")

@@ -1,0 +1,61 @@
+"""`fdkit pretrain mocov3 --data PATH`: make your own teacher from unlabelled images."""
+
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from pydantic import Field, create_model
+
+from fdkit.commands._command import Outcome, config_of, default_output, plugin, plugins, resolve
+from fdkit.commands._training import TrainingCommand, run_training
+from fdkit.config import Config
+from fdkit.data.sources import ImageSource
+from fdkit.methods._method import Method
+
+WITH_TEACHER = {"feature-distillation"}
+
+
+class PretrainConfig(TrainingCommand):
+    """Pretrain a backbone without labels; its run folder is a MODEL and a --teacher at once.
+
+    Example: fdkit pretrain mocov3 --data photos/ --output runs/teacher
+    """
+
+
+def choices() -> list[str]:
+    """The methods that need no teacher."""
+    return [name for name in plugins("methods") if name not in WITH_TEACHER]
+
+
+def config_class(choice: str) -> type[Config]:
+    """The configuration of one method: what all trainings share, its views, and a section named after it."""
+    build = plugin("methods", choice).build
+    own, views = config_of(build), get_type_hints(build)["views"]
+    sections: dict[str, Any] = {
+        "method": (Literal[choice], Field(default=choice)),  # type: ignore[valid-type]
+        choice.replace("-", "_"): (own, Field(default=own())),
+        "views": (views, Field(default=views())),
+    }
+    return create_model(
+        f"Pretrain_{choice}", __base__=PretrainConfig, __doc__=PretrainConfig.__doc__, **sections
+    )
+
+
+def run(config: Any, *, handle_signals: bool = True) -> Outcome:
+    """Train the backbone and leave it in the run folder."""
+    folder = config.output or default_output("pretrain", config.method)
+
+    def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
+        own = getattr(config, config.method.replace("-", "_"))
+        method = plugin("methods", config.method).build(own, config.views, seed=config.seed)
+        return method, {"method": config.method}
+
+    return run_training(config, folder, build, handle_signals=handle_signals)
+
+
+def pretrain(method: str, data: str | Path, **fields: Any) -> Path:
+    """The run folder of a finished pretraining; fields are those of its configuration.
+
+    Example: fdkit.pretrain("mocov3", "photos/", output="runs/teacher")
+    """
+    config = resolve(config_class(method), {"data": str(data), **fields}, "pretrain", method)
+    return Path(run(config, handle_signals=False).numbers["run"])

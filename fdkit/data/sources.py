@@ -1,0 +1,351 @@
+"""Where images come from: a folder, scikit-learn's digits, the built-in demonstration set, a torchvision set."""
+
+import hashlib
+import inspect
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from fdkit.data.decode import EXTENSIONS, BadImage, decode, printable
+from fdkit.errors import DataError, did_you_mean
+
+__all__ = ["ArraySource", "BadImage", "FolderSource", "ImageSource", "decode", "open_source"]
+
+log = logging.getLogger("fdkit")
+
+KINDS = "a folder of images, digits, demo, or torchvision:NAME[@ROOT]"
+TEST_FOLDERS = ("test", "val", "validation")
+SPLIT_FOLDERS = ("train", *TEST_FOLDERS)
+
+
+class ImageSource(Protocol):
+    """A fixed, ordered set of images, labelled or not."""
+
+    name: str
+    """What messages call it: the user's PATH."""
+    labels: np.ndarray | None
+    """(N,) int64, or None when unlabelled."""
+    classes: tuple[str, ...]
+    """Class names, label order; () when unlabelled."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the listing or the content."""
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+
+    def read(self, index: int) -> Image.Image:
+        """Image `index`: RGB, upright. Raises BadImage."""
+
+    def describe(self, index: int) -> str:
+        """What messages call image `index`: its path, or "digits[17]"."""
+
+
+def open_source(data: str, split: str = "all") -> ImageSource:
+    """The images that `data` names.
+
+    data: a folder, "digits", "demo" or "torchvision:NAME[@ROOT]".
+    split: "train" (all there is where a folder has no train/), "test" (the first of test/, val/, validation/),
+    "all", or the name of a direct sub-folder.
+    Raises DataError if there is no such data, no such split, or no image in it.
+    """
+    if data == "digits":
+        return _digits(split)
+    if data == "demo":
+        from fdkit.data.demo import open_demo
+
+        return open_demo(split)
+    if data.startswith("torchvision:"):
+        return _torchvision(data, split)
+    if re.match(r"[a-z]{2,}:", data) and not Path(data).exists():
+        raise DataError(f"{printable(data)}: unknown kind of data", f"data is {KINDS}")
+    return FolderSource(data, split)
+
+
+class FolderSource:
+    """Every image below a folder, in sorted order; class folders make labels.
+
+    Class folders are the direct sub-folders of the split's folder that hold an image, numbered in sorted order over
+    all splits, so that a class missing from one split shifts no label. Images lying loose in the split's folder make
+    the whole split unlabelled. Hidden files and folders are left out; links are followed, loops once.
+    """
+
+    def __init__(self, root: str | Path, split: str = "all") -> None:
+        self.name = str(root)
+        self.root = Path(root).expanduser()
+        _require_folder(self.root, self.name)
+        try:
+            folders = _folders_of_split(self.root, split, self.name)
+            self.classes = _class_names(self.root, folders)
+            names, labels = self._list(folders)
+        except PermissionError as error:
+            raise DataError(f"{printable(str(error.filename))}: this folder may not be read") from error
+        if not names:
+            where = printable(", ".join(os.path.join(self.name, folder) for folder in folders))
+            raise DataError(f"no images under {where}", f"looked for files ending in {' '.join(EXTENSIONS)}")
+        self._names = _PackedNames(names)
+        self.labels = np.array(labels, dtype=np.int64) if self.classes else None
+
+    def _list(self, folders: Sequence[str]) -> tuple[list[str], list[int]]:
+        names: list[str] = []
+        labels: list[int] = []
+        for folder in folders:
+            for label, class_name in enumerate(self.classes or ("",)):
+                below = os.path.join(folder, class_name)
+                if not (self.root / below).is_dir():
+                    continue
+                found = [os.path.join(below, name) for name in _images_below(self.root / below)]
+                names += found
+                labels += [label] * len(found)
+        return names, labels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of every relative path and file size; a file that is gone counts as -1 bytes."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            name = self._names[index]
+            try:
+                size = (self.root / name).stat().st_size
+            except OSError:
+                size = -1
+            digest.update(os.fsencode(name.replace(os.sep, "/")) + b"\0%d\n" % size)
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> Image.Image:
+        """Image `index`: RGB, upright. Raises BadImage."""
+        return decode(os.path.join(self.root, self._names[index]), self.describe(index))
+
+    def describe(self, index: int) -> str:
+        """The path of image `index`, control characters escaped."""
+        return printable(os.path.join(self.name, self._names[index]))
+
+
+class ArraySource:
+    """Images held in memory."""
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray | None, classes: Sequence[str] = ()) -> None:
+        """images: (N, H, W, 3) uint8; labels: (N,) or None."""
+        self.name = name
+        self.images = images
+        self.labels = None if labels is None else labels.astype(np.int64)
+        self.classes = tuple(classes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the pixels and labels."""
+        return _digest(self.images, self.labels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Image.Image:
+        """Image `index`: RGB."""
+        return Image.fromarray(self.images[index])
+
+    def describe(self, index: int) -> str:
+        """Such as "digits[17]"."""
+        return f"{self.name}[{index}]"
+
+
+class TorchvisionSource:
+    """One or several splits of a torchvision classification set, end to end."""
+
+    def __init__(self, name: str, datasets: Sequence[Any]) -> None:
+        self.name = name
+        self._datasets = list(datasets)
+        self._ends = np.cumsum([len(dataset) for dataset in self._datasets])
+        labels = [_torchvision_labels(dataset) for dataset in self._datasets]
+        known = [array for array in labels if array is not None]
+        self.labels = np.concatenate(known) if len(known) == len(labels) else None
+        self.classes = _torchvision_classes(self._datasets[0], self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the name, the lengths and the labels; torchvision checks the files themselves."""
+        return _digest(np.frombuffer(self.name.encode(), np.uint8), self._ends, self.labels)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, index: int) -> Image.Image:
+        """Image `index`: RGB. Raises BadImage."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[part - 1]) if part else 0
+        try:
+            image: Image.Image = self._datasets[part][index - first][0]
+            return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadImage(self.describe(index), str(error)) from error
+
+    def describe(self, index: int) -> str:
+        """Such as "torchvision:CIFAR10[17]"."""
+        return f"{self.name}[{index}]"
+
+
+class _PackedNames:
+    """A list of strings in two arrays: a million Python strings would be copied into every worker."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+
+def _require_folder(folder: Path, name: str) -> None:
+    shown = printable(name)
+    if not folder.exists():
+        near = did_you_mean(name, ["digits", "demo"])
+        raise DataError(f"{shown}: no such folder", near or f"data is {KINDS}")
+    if not folder.is_dir():
+        raise DataError(f"{shown}: a file, not a folder of images", f"data is {KINDS}")
+
+
+def _folders_of_split(root: Path, split: str, name: str) -> list[str]:
+    """The folders, relative to root, that make up the split; [""] is the root itself."""
+    present = _subfolders(root)
+    everything = [folder for folder in SPLIT_FOLDERS if folder in present] or [""]
+    if split == "all":
+        return everything
+    if split == "train":
+        return ["train"] if "train" in present else everything
+    wanted = TEST_FOLDERS if split == "test" else (split,)
+    for folder in wanted:
+        if folder in present:
+            return [folder]
+    there = printable(", ".join(f"{folder}/" for folder in present[:20])) or "no sub-folder"
+    looked_for = " or ".join(f"{folder}/" for folder in wanted)
+    raise DataError(f"{printable(name)}: no split '{printable(split)}'", f"looked for {looked_for}; there is {there}")
+
+
+def _class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    if any(_has_loose_images(root / folder) for folder in folders):
+        return ()
+    siblings = {folder for folder in SPLIT_FOLDERS if (root / folder).is_dir()} if folders != [""] else set()
+    found: set[str] = set()
+    for folder in siblings.union(folders):
+        found.update(name for name in _subfolders(root / folder) if any(_images_below(root / folder / name)))
+    return tuple(sorted(found))
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry))
+
+
+def _has_loose_images(folder: Path) -> bool:
+    return any(_is_image(entry) for entry in os.scandir(folder))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".") and not entry.name.lower().endswith(EXTENSIONS)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    # A dangling link counts: it is reported as unreadable rather than passed over in silence.
+    if entry.name.startswith(".") or not entry.name.lower().endswith(EXTENSIONS):
+        return False
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+
+
+def _images_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Paths of the images below a folder, relative to it, sorted level by level; `above` ends loops of links."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except PermissionError:
+        log.warning("unreadable folder left out: %s", printable(str(folder)))
+        return
+    for entry in entries:
+        if _is_image(entry):
+            yield entry.name
+        elif _is_folder(entry):
+            for name in _images_below(folder / entry.name, above | {here}):
+                yield os.path.join(entry.name, name)
+
+
+def _digits(split: str) -> ArraySource:
+    """scikit-learn's 1,797 handwritten digits at 32 x 32; every fourth image of the sorted classes is for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    by_class = np.argsort(bunch.target, kind="stable")
+    chosen = {
+        "train": np.sort(np.delete(by_class, np.s_[::4])),  # 1,347 images
+        "test": np.sort(by_class[::4]),  # 450 images
+        "all": np.arange(len(by_class)),
+    }.get(split)
+    if chosen is None:
+        raise DataError(f"digits: no split '{split}'", "there are train, test and all")
+    pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+    large = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in pixels]
+    images = np.stack([np.asarray(image) for image in large])
+    return ArraySource("digits", images, bunch.target[chosen], [str(digit) for digit in range(10)])
+
+
+def _torchvision(data: str, split: str) -> TorchvisionSource:
+    import torchvision.datasets
+
+    name, _, root = data.removeprefix("torchvision:").partition("@")
+    root = root or "data"
+    kind = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
+    parameters = inspect.signature(kind).parameters if kind else {}
+    if "download" not in parameters or not {"train", "split"} & set(parameters):
+        known = did_you_mean(name, torchvision.datasets.__all__)
+        raise DataError(f"{data}: not a torchvision set with splits to classify", known or "such as CIFAR10")
+    if split not in ("train", "test", "all"):
+        raise DataError(f"{data}: no split '{split}'", "there are train, test and all")
+    if not Path(root).is_dir():
+        raise DataError(
+            f"{data}: no folder {root}", f"put the set there, or make the folder and it is downloaded: mkdir -p {root}"
+        )
+    parts = ("train", "test") if split == "all" else (split,)
+    options = [{"train": part == "train"} if "train" in parameters else {"split": part} for part in parts]
+    try:
+        datasets = [kind(root, download=True, **option) for option in options]  # type: ignore[misc]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{data}: cannot be opened or downloaded ({error})", f"put the set into {root}") from error
+    return TorchvisionSource(data, datasets)
+
+
+def _torchvision_labels(dataset: Any) -> np.ndarray | None:
+    for attribute in ("targets", "labels", "_labels"):
+        labels = getattr(dataset, attribute, None)
+        if labels is not None:
+            return np.asarray(labels, dtype=np.int64)
+    return None
+
+
+def _torchvision_classes(dataset: Any, labels: np.ndarray | None) -> tuple[str, ...]:
+    if labels is None:
+        return ()
+    named = getattr(dataset, "classes", None)
+    return tuple(str(name) for name in (named if named is not None else range(int(labels.max()) + 1)))
+
+
+def _digest(*arrays: np.ndarray | None) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode())
+        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

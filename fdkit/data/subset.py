@@ -1,0 +1,49 @@
+"""A part of a source, as a source."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from fdkit.data.sources import ImageSource
+
+
+class Subset:
+    """The images of a source at the given positions, in that order; classes keep their numbers."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.name = source.name
+        self.classes = source.classes
+        self.labels = None if source.labels is None else source.labels[self.indices]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the whole source's fingerprint and the positions."""
+        digest = hashlib.sha256(self.source.fingerprint.encode())
+        digest.update(self.indices.tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Image.Image:
+        """The image; raises BadImage if it cannot be read."""
+        return self.source.read(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        """What messages call the image."""
+        return self.source.describe(int(self.indices[index]))
+
+
+def held_out(labels: np.ndarray, ratio: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (kept, held out), both sorted: about `ratio` of every class, at least one image, is held out."""
+    random = np.random.default_rng(seed)
+    out = [
+        random.permutation(members)[: max(1, round(ratio * len(members)))]
+        for members in (np.flatnonzero(labels == label) for label in np.unique(labels))
+    ]
+    chosen = np.sort(np.concatenate(out))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen

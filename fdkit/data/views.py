@@ -1,0 +1,222 @@
+"""What the loader makes of one image: crops drawn in the worker as uint8, colour applied to batches on the device."""
+
+import math
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL.Image import Transpose
+from pydantic import Field
+from torch import Tensor
+
+from fdkit.config import Config
+from fdkit.data import colour as colour_ops
+from fdkit.data.colour import ColourStrengths
+
+Interpolation = Literal["bilinear", "bicubic"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom; the last two excluded."""
+
+
+class Sample(NamedTuple):
+    """What a worker makes of one image."""
+
+    crops: list[Tensor]
+    """One a view: uint8 (3, H, W)."""
+    colour: list[Tensor]
+    """One a view: float32 (P,), its colour parameters; empty when the views change no colour."""
+
+
+class Views(Protocol):
+    """How one image becomes the views a method trains or evaluates on."""
+
+    num_views: int
+    image_size: int
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Sample:
+        """The views of an RGB image, as uint8; runs in the worker."""
+
+    def finish(self, crops: list[Tensor], colour: list[Tensor]) -> list[Tensor]:
+        """(B, 3, H, W) float32 in [0, 1] a view; runs on the device of the crops."""
+
+
+class CropConfig(Config):
+    """A random crop, resized to a square."""
+
+    image_size: int = Field(224, gt=0)
+    """Height and width of the views, in pixels."""
+    min_scale: float = Field(0.08, gt=0, le=1)
+    """Smallest share of the image's area that a crop covers; the largest is 1."""
+    flip: bool = True
+    """Mirror left and right in half of the views."""
+    interpolation: Interpolation = "bilinear"
+    """How crops are resized, always antialiased."""
+
+
+class RandomCrop:
+    """One randomly resized crop of any image, flipped half the time; no colour changes (feature distillation)."""
+
+    num_views = 1
+
+    def __init__(self, config: CropConfig) -> None:
+        self.config = config
+        self.image_size = config.image_size
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Sample:
+        """One crop."""
+        return Sample([_random_crop(image, self.config, random)], [])
+
+    def finish(self, crops: list[Tensor], colour: list[Tensor]) -> list[Tensor]:
+        """(B, 3, H, W) float32 in [0, 1]."""
+        return [_to_float(batch) for batch in crops]
+
+
+class TwoViewsConfig(CropConfig):
+    """Two crops of an image with different blur and solarisation: the augmentation of BYOL, used by MoCo v3."""
+
+    brightness: Strength = 0.4
+    """Brightness factors are drawn from [1 - this, 1 + this]; 0 switches it off."""
+    contrast: Strength = 0.4
+    """Contrast factors are drawn from [1 - this, 1 + this]; 0 switches it off."""
+    saturation: Strength = 0.2
+    """Saturation factors are drawn from [1 - this, 1 + this]; 0 switches it off."""
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Hue shifts are drawn from [-this, this], in full turns; 0 switches it off."""
+    jitter_probability: Probability = 0.8
+    """Share of the views whose brightness, contrast, saturation and hue change."""
+    grayscale_probability: Probability = 0.2
+    """Share of the views turned grey."""
+    blur_probability: tuple[Probability, Probability] = (1.0, 0.1)
+    """Share of the first and of the second views that are blurred."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, in pixels of a 224-pixel view; it shrinks with image_size."""
+    solarize_probability: tuple[Probability, Probability] = (0.0, 0.2)
+    """Share of the first and of the second views whose bright pixels are inverted."""
+
+
+class TwoViews:
+    """Two asymmetric views of each image.
+
+    Crop, jitter, grey, blur and solarise follow in that order; the flip comes with the crop, which gives the same
+    pixels as flipping last. Source: Grill et al. 2020 (BYOL), appendix B; Chen et al. 2021 (MoCo v3).
+    """
+
+    num_views = 2
+
+    def __init__(self, config: TwoViewsConfig) -> None:
+        self.config = config
+        self.image_size = config.image_size
+        self.strengths = [_strengths(config, view) for view in range(2)]
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Sample:
+        """Two crops and the colour parameters of each."""
+        crops = [_random_crop(image, self.config, random) for _ in range(2)]
+        return Sample(crops, [colour_ops.draw(strengths, random) for strengths in self.strengths])
+
+    @torch.no_grad()
+    def finish(self, crops: list[Tensor], colour: list[Tensor]) -> list[Tensor]:
+        """Both views (B, 3, H, W), float32 in [0, 1], with their colours changed."""
+        with torch.autocast(crops[0].device.type, enabled=False):
+            return [
+                colour_ops.apply(_to_float(batch), parameters, strengths)
+                for batch, parameters, strengths in zip(crops, colour, self.strengths, strict=True)
+            ]
+
+
+class CenterCrop:
+    """The evaluation view: short side resized to floor(image_size / crop_ratio), then the central square.
+
+    The pixels are those of timm's evaluation transform, which resizes with Pillow.
+    """
+
+    num_views = 1
+
+    def __init__(
+        self, image_size: int = 224, *, crop_ratio: float = 0.875, interpolation: Interpolation = "bicubic"
+    ) -> None:
+        """image_size: pixels; crop_ratio: in (0, 1], image_size / short side after resizing."""
+        if not 0 < crop_ratio <= 1:
+            raise ValueError(f"crop_ratio {crop_ratio} is not in (0, 1]")
+        self.image_size = image_size
+        self.crop_ratio = crop_ratio
+        self.interpolation = Image.Resampling[interpolation.upper()]
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Sample:
+        """The one central crop; nothing is random."""
+        short, size = math.floor(self.image_size / self.crop_ratio), self.image_size
+        width, height = image.size
+        if min(width, height) != short:
+            tall = height > width
+            width, height = (short, short * height // width) if tall else (short * width // height, short)
+            image = image.resize((width, height), self.interpolation)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        return Sample([_to_tensor(image, (left, top, left + size, top + size))], [])
+
+    def finish(self, crops: list[Tensor], colour: list[Tensor]) -> list[Tensor]:
+        """(B, 3, H, W) float32 in [0, 1]."""
+        return [_to_float(batch) for batch in crops]
+
+
+def draw_box(
+    width: int, height: int, random: np.random.Generator, *, min_scale: float, ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Box:
+    """A random box whose share of the area is uniform in [min_scale, 1] and whose log aspect ratio is uniform.
+
+    Boxes that do not fit are drawn again, ten times at most; then the largest central box within the ratios is taken.
+    The distribution is that of torchvision's RandomResizedCrop.
+    """
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    for _ in range(10):
+        area = width * height * random.uniform(min_scale, 1.0)
+        aspect = math.exp(random.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(random.integers(0, height - h + 1)), int(random.integers(0, width - w + 1))
+            return left, top, left + w, top + h
+    w = max(1, min(width, round(height * ratio[1])))
+    h = max(1, min(height, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _random_crop(image: Image.Image, config: CropConfig, random: np.random.Generator) -> Tensor:
+    box = draw_box(*image.size, random, min_scale=config.min_scale)
+    crop = _to_tensor(image, box)
+    if crop.shape[-2:] != (config.image_size, config.image_size):
+        # torch resizes uint8 with vector instructions, Pillow does not: twice as fast, within one level of its pixels.
+        size = (config.image_size, config.image_size)
+        crop = F.interpolate(crop[None], size, mode=config.interpolation, antialias=True)[0]
+    return crop.flip(-1) if config.flip and random.random() < 0.5 else crop
+
+
+def _to_tensor(image: Image.Image, box: Box) -> Tensor:
+    """uint8 (3, H, W), the part of an RGB image inside the box; channels vary fastest in memory."""
+    if image.mode != "RGB":
+        raise ValueError(f"views need RGB images, not mode {image.mode}")
+    if box != (0, 0, *image.size):
+        image = image.crop(box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _to_float(crops: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) of any memory layout as float32 in [0, 1], channels first in memory."""
+    return crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def _strengths(config: TwoViewsConfig, view: int) -> ColourStrengths:
+    low, high = (sigma * config.image_size / 224 for sigma in config.blur_sigma)
+    return ColourStrengths(
+        brightness=config.brightness,
+        contrast=config.contrast,
+        saturation=config.saturation,
+        hue=config.hue,
+        jitter_probability=config.jitter_probability,
+        grayscale_probability=config.grayscale_probability,
+        blur_probability=config.blur_probability[view],
+        blur_sigma=(low, high),
+        solarize_probability=config.solarize_probability[view],
+    )

@@ -1,0 +1,180 @@
+"""One self-contained HTML page: no script, no remote asset, readable on a phone and in the dark."""
+
+import base64
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from fdkit.analysis._figure import NARROW, WIDE, figure_bytes
+from fdkit.errors import OutputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Column(NamedTuple):
+    """A column of a table."""
+
+    header: str
+    format: str = ""
+    """How its numbers are written: a format specification such as ".1%" or ",.0f"."""
+    best: Literal["max", "min"] | None = None
+    """Which of its numbers is set in bold; none if left out."""
+
+
+class Table(NamedTuple):
+    """Rows of text and numbers; None is an empty cell."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str | float | None]]
+    caption: str = ""
+
+
+class Picture(NamedTuple):
+    """An image of SVG, PNG or JPEG bytes, and the words for those who do not see it."""
+
+    image: bytes
+    alt: str
+    caption: str = ""
+    narrow: bytes | None = None
+    """The same for a phone's width; None shows `image` everywhere."""
+    photo: bool = False
+    """Shown as it is in the dark; drawings have their lightness turned around instead."""
+
+
+class Thumbnail(NamedTuple):
+    """One image of a gallery."""
+
+    image: bytes
+    """PNG or JPEG."""
+    label: str
+    is_pixelated: bool = False
+    """Enlarged with visible pixels, as images of a few pixels should be."""
+
+
+class Details(NamedTuple):
+    """Something to unfold: a text whose lines are kept, a table, or both."""
+
+    summary: str
+    text: str = ""
+    table: Table | None = None
+
+
+class Section(NamedTuple):
+    """A heading and what stands below it, in the order of the fields. In paragraphs, `code` stands between backticks."""
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    table: Table | None = None
+    pictures: Sequence[Picture] = ()
+    gallery: Sequence[Thumbnail] = ()
+    code: str = ""
+    """A command to copy."""
+    details: Sequence[Details] = ()
+
+
+def picture(draw: Callable[[float], Any], alt: str, caption: str = "", *, photo: bool = False) -> Picture:
+    """A drawing in both widths; draw: gives the matplotlib figure for a width in inches."""
+    wide, narrow = (figure_bytes(draw(width), transparent=not photo) for width in (WIDE, NARROW))
+    return Picture(wide, alt, caption, narrow=narrow, photo=photo)
+
+
+def thumbnail(image: "Image", label: str, *, max_side: int = 192) -> Thumbnail:
+    """An image small enough for a page; images of 64 pixels or less keep every pixel."""
+    buffer = io.BytesIO()
+    if max(image.size) <= 64:
+        image.save(buffer, format="PNG")
+        return Thumbnail(buffer.getvalue(), label, is_pixelated=True)
+    small = image.convert("RGB")
+    small.thumbnail((max_side, max_side))
+    small.save(buffer, format="JPEG", quality=85)
+    return Thumbnail(buffer.getvalue(), label)
+
+
+def write_page(
+    path: Path, title: str, *, lead: str, sections: Sequence[Section], facts: Sequence[tuple[str, str]] = ()
+) -> Path:
+    """Writes the page in one step, so that a reader never meets half of it, and returns its path.
+
+    lead: the result in one or two sentences; facts: names and values shown below it, such as the commit or a licence.
+    Raises OutputError if the page cannot be written.
+    """
+    content = render_page(title, lead=lead, sections=sections, facts=facts)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write the page {path}: {error.strerror}") from error
+    return path
+
+
+def render_page(
+    title: str, *, lead: str, sections: Sequence[Section], facts: Sequence[tuple[str, str]] = ()
+) -> str:
+    """The page as HTML. Every text is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"data_uri": _data_uri, "cells": _cells}
+    template = environment.get_template("page.html.j2")
+    return template.render(title=title, lead=lead, sections=sections, facts=facts)
+
+
+class _Cell(NamedTuple):
+    text: str
+    is_number: bool
+    is_best: bool
+
+
+def _cells(table: Table) -> list[list[_Cell]]:
+    """The table's rows as they are shown, with the best number of each column marked."""
+    for row in table.rows:
+        if len(row) != len(table.columns):
+            raise ValueError(f"a table of {len(table.columns)} columns has the row {tuple(row)}")
+    best = [_best_number(column, values) for column, values in _by_column(table)]
+    return [
+        [_cell(column, value, best=one) for column, value, one in zip(table.columns, row, best, strict=True)]
+        for row in table.rows
+    ]
+
+
+def _by_column(table: Table) -> list[tuple[Column, list[float]]]:
+    return [
+        (column, [row[place] for row in table.rows if _is_number(row[place])])
+        for place, column in enumerate(table.columns)
+    ]
+
+
+def _best_number(column: Column, values: list[float]) -> float | None:
+    if column.best is None or len(values) < 2:
+        return None
+    return max(values) if column.best == "max" else min(values)
+
+
+def _cell(column: Column, value: str | float | None, *, best: float | None) -> _Cell:
+    if value is None:
+        return _Cell("–", True, False)
+    if not _is_number(value):
+        return _Cell(str(value), False, False)
+    return _Cell(format(value, column.format), True, value == best)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _data_uri(image: bytes) -> str:
+    kinds = {b"\x89PN": "png", b"\xff\xd8\xff": "jpeg", b"<?x": "svg+xml", b"<sv": "svg+xml"}
+    kind = kinds.get(image[:3])
+    if kind is None:
+        raise ValueError(f"a picture must be SVG, PNG or JPEG, and this one starts with {image[:8]!r}")
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"

@@ -1,0 +1,32 @@
+"""How a teacher is named and loaded."""
+
+from fdkit.teachers.model import Request, load_model, with_preprocessing
+from fdkit.teachers.teacher import Teacher
+
+
+def load_teacher(
+    name: str,
+    *,
+    image_size: int | None = None,
+    pretrained: bool = True,
+    architecture: str | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+) -> Teacher:
+    """The teacher a MODEL names.
+
+    name: a short name of the catalog; `timm:NAME`; `open_clip:ARCH/TAG`; a file of weights (.safetensors, .pth,
+        .pt, .bin); a run folder; or `demo`.
+    image_size: pixels the teacher is fed, None for its own size; position embeddings are resampled to it.
+    pretrained: False builds catalog and library names with random weights, and says so loudly.
+    architecture: for a file, the timm model or `open_clip:ARCH` it belongs to; None recognises a plain ViT.
+    mean, std: statistics of RGB in [0, 1] in place of those known or assumed.
+    Raises ConfigError for a name or size that cannot be, WeightsError for weights that are missing, damaged, unsafe,
+    not finite, or of another architecture.
+    """
+    loaded = load_model(Request(name, image_size, pretrained, architecture))
+    backbone = loaded.backbone
+    changes = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    if changes:
+        backbone = with_preprocessing(backbone, changes)
+    return Teacher(backbone, name=name, source=loaded.source, license=loaded.license, sha256=loaded.sha256)

@@ -1,0 +1,419 @@
+"""The run folder: who may write it, what was run, how it went.
+
+`config.yaml` is the whole configuration, `run.json` the state and everything needed to know where the numbers come
+from, `metrics.jsonl` a line a logged step, `log.txt` what was said, `errors/` what went wrong, in full. Rank 0 writes;
+on other ranks a Run reads and keeps silent.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+
+from fdkit.config import Values, parse_yaml
+from fdkit.errors import ConfigError, FdkitError, OutputError, Preempted
+from fdkit.training.checkpoint import write_whole
+from fdkit.training.distributed import current_world
+
+log = logging.getLogger("fdkit")
+
+State = Literal["planned", "running", "preempted", "done", "failed"]
+
+HEARTBEAT_SECONDS = 15.0
+STALE_SECONDS = 600.0
+HARMLESS = (
+    "output", "device", "resume", "overwrite", "json", "recipe", "loader.workers", "train.log_every_steps",
+    "train.save_every_minutes", "train.save_every_steps", "train.keep_checkpoints",
+)  # fmt: skip
+"""Fields that a resumed run may change: they do not change what is learned."""
+PACKAGES = ("fdkit", "torch", "torchvision", "timm", "open-clip-torch", "numpy", "pillow", "safetensors")
+
+
+class Run:
+    """A run folder held by this process; a context manager that records how the block inside ends."""
+
+    _held: ClassVar[set[Path]] = set()
+
+    def __init__(self, folder: Path, config_yaml: str, *, resumed: bool, writes: bool) -> None:
+        self.folder = folder
+        self.config_yaml = config_yaml
+        self.resumed = resumed
+        """Whether the folder already held this run."""
+        self.writes = writes
+        self._lock: int | None = None
+        self._facts: dict[str, Any] = {}
+        self._last_heartbeat = 0.0
+        self._log_handler: logging.Handler | None = None
+        self._log_level = logging.NOTSET
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        config_yaml: str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        command: Sequence[str] | None = None,
+    ) -> Self:
+        """The run in `folder`, locked: new, or with `resume` the one that is there, if any.
+
+        overwrite: a run that is there is moved to FOLDER.old-N, never deleted. command: what was typed.
+        Raises OutputError if the folder is in use, holds something and neither was asked for, or cannot be
+        written; ConfigError if a resumed run would change its configuration.
+        """
+        folder = Path(folder).absolute()
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other")
+        if not current_world().is_main:
+            return cls(folder, config_yaml, resumed=resume, writes=False)
+        there = folder.is_dir() and any(folder.iterdir())
+        is_run = (folder / "run.json").is_file()
+        if there and not (is_run and (resume or overwrite)):
+            raise _occupied(folder, is_run=is_run)
+        if there and overwrite:
+            _move_away(folder)
+            there = False
+        if resume and not there:
+            log.info("--resume: %s holds no run yet; starting one", folder)
+        run = cls(folder, config_yaml, resumed=there, writes=True)
+        run._acquire()
+        try:
+            run._open(list(sys.argv if command is None else command))
+        except BaseException:
+            run._release()
+            raise
+        return run
+
+    def __enter__(self) -> Self:
+        if self.writes:
+            self._log_handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+            self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            self._log_level = log.level
+            log.setLevel(logging.DEBUG)
+            log.addHandler(self._log_handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.writes:
+            return
+        try:
+            state, code = _outcome(error)
+            reason = str(error) if error is not None and str(error) else (kind.__name__ if kind else "")
+            if error is not None and state == "failed":
+                self.save_error("traceback.txt", "".join(traceback.format_exception(error)))
+            self.update(state=state, exit_code=code, reason=reason, ended=_now())
+        except OSError as failure:  # a full disk must not hide the error that ended the run
+            log.error("%s: cannot record how the run ended: %s", self.folder, failure)
+        finally:
+            if self._log_handler is not None:
+                log.removeHandler(self._log_handler)
+                log.setLevel(self._log_level)
+                self._log_handler.close()
+            self._release()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """A copy of what run.json holds; empty on ranks that do not write."""
+        return dict(self._facts)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
+
+    def update(self, **facts: Any) -> None:
+        """Add facts (plain JSON) to run.json, or replace them."""
+        if self.writes:
+            self._facts |= facts
+            self._facts["updated"] = _now()
+            write_whole(self.folder / "run.json", json.dumps(self._facts, indent=2, default=str) + "\n")
+
+    def heartbeat(self, step: int) -> None:
+        """Say in run.json, every 15 s at most, that the run lives and where it is."""
+        if self.writes and time.monotonic() - self._last_heartbeat >= HEARTBEAT_SECONDS:
+            self._last_heartbeat = time.monotonic()
+            self.update(step=step)
+
+    def check_data(self, fingerprint: str, *, name: str) -> None:
+        """Record what the run trains on. Raises ConfigError if a resumed run began with other images."""
+        before = self._facts.get("data", {})
+        if before and before["fingerprint"] != fingerprint:
+            raise ConfigError(
+                f"{self.folder}: the images of {name} are not those the run began with "
+                f"({before['name']}): fingerprint {fingerprint[:12]}, was {before['fingerprint'][:12]}",
+                "resume with the same images, or choose another --output",
+            )
+        self.update(data={"name": name, "fingerprint": fingerprint})
+
+    def log_metrics(self, metrics: Mapping[str, float | int]) -> None:
+        """Append a line to metrics.jsonl; numbers that are not finite become null."""
+        if not self.writes:
+            return
+        line = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one cut short by a crash is left out."""
+        return list(_whole_lines(self.folder / "metrics.jsonl"))
+
+    def sync_metrics(self) -> None:
+        """Have metrics.jsonl on the disk before a checkpoint that counts on it."""
+        path = self.folder / "metrics.jsonl"
+        if self.writes and path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that will be done again, so that each step is there once."""
+        path = self.folder / "metrics.jsonl"
+        if self.writes and path.exists():
+            kept = [line for line in self.metrics() if line["step"] <= step]
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def save_error(self, name: str, text: str) -> Path:
+        """Write something for the one who looks for the cause into errors/; its path."""
+        path = self.folder / "errors" / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{name}"
+        if self.writes:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    def _open(self, command: list[str]) -> None:
+        """Check or write config.yaml and begin run.json."""
+        config = self.folder / "config.yaml"
+        if self.resumed:
+            self._facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            if config.exists():
+                check_unchanged(config.read_text(encoding="utf-8"), self.config_yaml, self.folder)
+        else:
+            write_whole(config, self.config_yaml)
+        self.update(
+            state="planned",
+            exit_code=None,
+            reason="",
+            command=command,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=self._facts.get("started", _now()),
+            resumes=self._facts.get("resumes", -1) + 1,
+            **environment(),
+        )
+
+    def _acquire(self) -> None:
+        """Take the folder's lock; the kernel drops it when this process ends, however it ends."""
+        path = self.folder / "lock"
+        if path in Run._held:
+            raise OutputError(f"{self.folder}: in use by this process")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OutputError(
+                f"{self.folder}: cannot be written: {error.strerror}", "choose another --output"
+            ) from error
+        try:
+            holder = _lock_or_refuse(descriptor, self.folder)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if holder:
+            log.info(
+                "%s: taking over the lock of pid %s on %s, which ended", path, holder["pid"], holder["host"]
+            )
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        self._lock = descriptor
+        Run._held.add(path)
+
+    def _release(self) -> None:
+        if self._lock is None:
+            return
+        (self.folder / "lock").unlink(missing_ok=True)
+        os.close(self._lock)
+        self._lock = None
+        Run._held.discard(self.folder / "lock")
+
+
+def check_unchanged(before: str, now: str, folder: Path) -> None:
+    """Raises ConfigError listing the fields of two configurations (YAML) that differ, but for harmless ones."""
+    old, new = (dict(_flat(parse_yaml(text, str(folder / "config.yaml")))) for text in (before, now))
+    lines = [
+        f"  {name}: was {old.get(name, '(not there)')!r}, now {new.get(name, '(not there)')!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and not any(name == field or name.startswith(f"{field}.") for field in HARMLESS)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{folder}: the resumed run has another configuration:\n" + "\n".join(lines),
+            f"resume with --recipe {folder / 'config.yaml'}, or choose another --output",
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the package's git commit if it runs from a checkout, and the hardware."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    hardware: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}
+    if torch.cuda.is_available():
+        hardware["cuda"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"versions": versions, "commit": _commit(), "hardware": hardware}
+
+
+class StopRequest:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a request that the loop answers between two steps.
+
+    A second signal ends the process at once with 128 + its number. Without `catch()` nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return bool(self.signal_name)
+
+    @contextmanager
+    def catch(self) -> Iterator[Self]:
+        """Handle the signals while the block runs; the handlers before are put back."""
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._receive) for number in signals}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.signal_name = signal.Signals(number).name
+
+
+def _outcome(error: BaseException | None) -> tuple[State, int]:
+    if error is None:
+        return "done", 0
+    if isinstance(error, Preempted):
+        return "preempted", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "failed", 130
+    if isinstance(error, SystemExit):
+        return "failed", error.code if isinstance(error.code, int) else 1
+    return "failed", error.exit_code if isinstance(error, FdkitError) else 1
+
+
+def _occupied(folder: Path, *, is_run: bool) -> OutputError:
+    if is_run:
+        return OutputError(
+            f"{folder}: already holds a run",
+            "continue it with --resume, or set it aside with --overwrite (moved to "
+            f"{folder.name}.old-N, not deleted)",
+        )
+    return OutputError(
+        f"{folder}: not empty and not a run folder; --resume and --overwrite work on run folders only",
+        "choose another --output",
+    )
+
+
+def _move_away(folder: Path) -> None:
+    """Rename a run that nobody holds to FOLDER.old-N."""
+    holder = Run(folder, "", resumed=True, writes=True)
+    holder._acquire()
+    holder._release()
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be moved to {aside.name}: {error.strerror}") from error
+    log.info("--overwrite: the run that was in %s is now in %s", folder, aside)
+
+
+def _lock_or_refuse(descriptor: int, folder: Path) -> dict[str, Any]:
+    """Lock the open lock file; who held it and ended without letting go, {} if nobody did.
+
+    A POSIX record lock: forked loader workers do not inherit it, so it never outlives this process. A holder on
+    another host, which such a lock may not reach, counts as alive while run.json was touched in the last 10 minutes.
+    """
+    text = os.pread(descriptor, 1000, 0)
+    try:
+        holder = json.loads(text) if text else {}
+    except ValueError:
+        holder = {}
+    if not isinstance(holder, dict) or not {"pid", "host"} <= holder.keys():
+        holder = {}
+    who = f"pid {holder.get('pid', '?')} on {holder.get('host', '?')}"
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OutputError(f"{folder}: in use by {who}", "wait for it, or choose another --output") from error
+    status = folder / "run.json"
+    if holder and holder["host"] != socket.gethostname() and status.exists():
+        quiet = time.time() - status.stat().st_mtime
+        if quiet < STALE_SECONDS:
+            raise OutputError(
+                f"{folder}: in use by {who}, which wrote {quiet:.0f} s ago",
+                f"if that process is gone, delete {folder / 'lock'} or wait {STALE_SECONDS - quiet:.0f} s",
+            )
+    return holder
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            with suppress(ValueError):
+                yield json.loads(line)
+
+
+def _flat(values: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with + if files differ from it; None if installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

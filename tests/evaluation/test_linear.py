@@ -1,0 +1,216 @@
+import json
+import math
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+
+from fdkit.errors import DataError, NumericsError
+from fdkit.evaluation.features import Features
+from fdkit.evaluation.linear import Candidate, LinearConfig, choose, evaluate, fit, validation_split
+
+
+def blobs(
+    num_images: int, *, num_classes: int = 5, width: int = 6, seed: int = 0, noise: float = 1.0
+) -> Features:
+    """Overlapping classes; channels of very different means and scales, as features of networks have."""
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(num_classes, (num_images,), generator=random)
+    values = centres[labels] + noise * torch.randn(num_images, width, generator=random)
+    values = values * torch.logspace(-1, 1, width) + torch.linspace(-3, 5, width)
+    return Features(values, labels, tuple(f"c{index}" for index in range(num_classes)), {"source": "blobs"})
+
+
+def naive_scores(train: Features, candidate: Candidate, config: LinearConfig) -> torch.Tensor:
+    """Scores of train by one head, trained by autograd and torch's own SGD on standardised inputs."""
+    values = train.values
+    if config.standardize:
+        values = (values - values.mean(0)) / (values.var(0, correction=0) + 1e-6).sqrt()
+    head = torch.nn.Linear(values.shape[1], len(train.classes))
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    groups = [{"params": [head.weight], "weight_decay": candidate.weight_decay}, {"params": [head.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=candidate.lr, momentum=config.momentum)
+    order, step = torch.Generator().manual_seed(config.seed), 0
+    total = config.epochs * math.ceil(len(values) / config.train_batch_size)
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(values), generator=order).split(config.train_batch_size):
+            for group in optimizer.param_groups:
+                group["lr"] = candidate.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+            optimizer.zero_grad()
+            F.cross_entropy(head(values[rows]), train.labels[rows]).backward()
+            optimizer.step()
+            step += 1
+    return head(values).detach()
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_heads_trained_together_equal_heads_trained_apart_by_autograd(standardize):
+    train = blobs(53)
+    config = LinearConfig(epochs=4, train_batch_size=16, standardize=standardize, seed=3)
+    candidates = [Candidate(lr, decay) for decay in (0.0, 0.02) for lr in (1e-3, 5e-3, 2e-2)]
+    together = fit(train.values, train.labels, 5, candidates=candidates, config=config)
+    for k, candidate in enumerate(candidates):
+        scores = train.values @ together.weight[k].T + together.bias[k]
+        torch.testing.assert_close(scores, naive_scores(train, candidate, config), rtol=1e-5, atol=1e-5)
+        alone = fit(train.values, train.labels, 5, candidates=[candidate], config=config)
+        torch.testing.assert_close(alone.weight[0], together.weight[k], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(together.weight[0], together.weight[3], rtol=1e-4)  # the decay does something
+
+
+def test_a_head_that_diverges_leaves_the_others_alone():
+    train = blobs(60)
+    config = LinearConfig(epochs=3, train_batch_size=16, standardize=False)
+    wild, calm = Candidate(1e38, 0.0), Candidate(1e-3, 0.0)
+    together = fit(train.values, train.labels, 5, candidates=[wild, calm], config=config)
+    alone = fit(train.values, train.labels, 5, candidates=[calm], config=config)
+    assert not together.weight[0].isfinite().all()
+    torch.testing.assert_close(together.weight[1], alone.weight[0], rtol=1e-5, atol=1e-6)
+    choice = choose(train, config.model_copy(update={"lr": (1e38, 1e-3)}))
+    assert choice.candidate == calm
+    assert choice.candidates[0] == {
+        "lr": 1e38,
+        "weight_decay": 0.0,
+        "validation_top1": None,
+        "validation_loss": None,
+    }
+    with pytest.raises(NumericsError, match=r"diverged at every learning rate tried: 1e\+38"):
+        choose(train, config.model_copy(update={"lr": (1e38,)}))
+
+
+def test_reaches_the_optimum_that_scikit_learn_finds():
+    train, test = blobs(400), blobs(300, seed=1)
+    decay = 0.01
+    config = LinearConfig(epochs=1500, train_batch_size=400)
+    probe = fit(train.values, train.labels, 5, candidates=[Candidate(0.5, decay)], config=config)
+    mean, std = train.values.mean(0), train.values.std(0, correction=0)
+    oracle = LogisticRegression(C=1 / (decay * len(train.values)), tol=1e-10, max_iter=2000)
+    oracle.fit(((train.values - mean) / std).double().numpy(), train.labels.numpy())
+    expected = torch.tensor(oracle.predict_proba(((test.values - mean) / std).double().numpy()))
+    found = (test.values @ probe.weight[0].T + probe.bias[0]).softmax(dim=1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_default_settings_do_as_well_as_scikit_learn():
+    train, test = blobs(400), blobs(300, seed=1)
+    oracle = LogisticRegression(max_iter=2000).fit(train.values.numpy(), train.labels.numpy())
+    top1 = evaluate(train, test, LinearConfig())["top1"]
+    assert top1 >= oracle.score(test.values.numpy(), test.labels.numpy()) - 0.02
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_test_labels_cannot_influence_the_choice(refit):
+    train, test = blobs(120, noise=2.0), blobs(80, seed=1, noise=2.0)
+    config = LinearConfig(epochs=10, refit=refit)
+    honest = evaluate(train, test, config)
+    shuffled = test._replace(
+        labels=test.labels[torch.randperm(80, generator=torch.Generator().manual_seed(5))]
+    )
+    blind = evaluate(train, shuffled, config)
+    assert blind["top1"] < honest["top1"]
+    for metrics in (honest, blind):
+        metrics.pop("top1"), metrics.pop("top5")
+    assert blind == honest
+
+
+def test_refit_uses_every_training_image_and_no_refit_keeps_the_compared_head():
+    train, config = blobs(120), LinearConfig(epochs=5)
+    candidate = choose(train, config).candidate
+    rows = validation_split(train.labels, config.validation_ratio, seed=config.seed)[0]
+    for refit, used in ((True, slice(None)), (False, rows)):
+        chosen = choose(train, config.model_copy(update={"refit": refit})).probe
+        expected = fit(train.values[used], train.labels[used], 5, candidates=[candidate], config=config)
+        torch.testing.assert_close(chosen.weight, expected.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_choice_is_the_best_on_validation_by_a_naive_count():
+    train, config = blobs(300, noise=2.0), LinearConfig(epochs=10, lr=(1e-5, 1e-2, 20.0))
+    fit_rows, validation_rows = validation_split(train.labels, 0.1, seed=0)
+    choice = choose(train, config)
+    part = train._replace(values=train.values[fit_rows], labels=train.labels[fit_rows])
+    for row in choice.candidates:
+        probe = fit(part.values, part.labels, 5, candidates=[Candidate(row["lr"], 0.0)], config=config)
+        scores = train.values[validation_rows] @ probe.weight[0].T + probe.bias[0]
+        hits = sum(
+            int(score.argmax()) == int(label)
+            for score, label in zip(scores, train.labels[validation_rows], strict=True)
+        )
+        assert row["validation_top1"] == pytest.approx(
+            hits / len(validation_rows), abs=1.01 / len(validation_rows)
+        )
+    best = max(choice.candidates, key=lambda row: (row["validation_top1"], -row["validation_loss"]))
+    assert (choice.candidate.lr, choice.num_fit, choice.num_validation) == (
+        best["lr"],
+        len(fit_rows),
+        len(validation_rows),
+    )
+
+
+def test_metrics_are_json_with_the_protocol():
+    metrics = evaluate(
+        blobs(120), blobs(40, seed=1), LinearConfig(epochs=3, lr=(0.01, 0.1), weight_decay=(0.0, 1e-3))
+    )
+    json.dumps(metrics, allow_nan=False)
+    assert 0 <= metrics["top1"] <= metrics["top5"] == 1.0
+    assert len(metrics["candidates"]) == 4
+    assert metrics["protocol"]["num_fit"] + metrics["protocol"]["num_validation"] == 120
+    assert metrics["train"] == {"source": "blobs"}
+    chosen = {key: metrics[key] for key in ("lr", "weight_decay", "validation_top1", "validation_loss")}
+    assert chosen in metrics["candidates"]
+
+
+def test_runs_are_repeatable_and_leave_the_global_generator_alone():
+    train, test = blobs(120), blobs(40, seed=1)
+    torch.manual_seed(1)
+    first = evaluate(train, test, LinearConfig(epochs=3))
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    second = evaluate(train, test, LinearConfig(epochs=3))
+    assert first == second
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = evaluate(train, test, LinearConfig(epochs=3, seed=1))
+    assert other["candidates"] != first["candidates"]
+
+
+def test_a_constant_channel_does_no_harm():
+    train, test = blobs(120), blobs(40, seed=1)
+    widened = [f._replace(values=F.pad(f.values, (0, 1), value=7.0)) for f in (train, test)]
+    assert (
+        evaluate(*widened, LinearConfig(epochs=5))["top1"]
+        == evaluate(train, test, LinearConfig(epochs=5))["top1"]
+    )
+
+
+def test_split_is_stratified_and_complete():
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 3 + [3])[torch.randperm(64)]
+    fit_rows, validation_rows = validation_split(labels, 0.1, seed=0)
+    assert sorted([*fit_rows.tolist(), *validation_rows.tolist()]) == list(range(64))
+    assert torch.bincount(labels[validation_rows], minlength=4).tolist() == [4, 2, 1, 0]
+    again = validation_split(labels, 0.1, seed=0)
+    assert torch.equal(again[1], validation_rows)
+    assert not torch.equal(validation_split(labels, 0.1, seed=1)[1], validation_rows)
+    assert torch.bincount(labels[validation_split(labels, 0.99, seed=0)[0]]).tolist() == [1, 1, 1, 1]
+
+
+def test_one_image_a_class_cannot_be_probed():
+    train = blobs(5)._replace(labels=torch.arange(5))
+    with pytest.raises(DataError, match="no class has two images among the 5 training images"):
+        evaluate(train, blobs(9), LinearConfig())
+
+
+def test_best_rate_at_the_edge_is_said(caplog):
+    with caplog.at_level("WARNING", "fdkit"):
+        choose(blobs(200), LinearConfig(epochs=2, lr=(1e-7, 1e-6, 1e-5)))
+    assert "the best learning rate 1e-05 is the edge of those tried" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_full_sweep_on_a_small_data_set_takes_seconds():
+    train, test = blobs(3068, num_classes=10, width=192), blobs(300, num_classes=10, width=192, seed=1)
+    start = time.perf_counter()
+    evaluate(train, test, LinearConfig())
+    assert time.perf_counter() - start < 60  # about 5 on one idle core

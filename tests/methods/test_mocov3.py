@@ -1,0 +1,368 @@
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fdkit.errors import ConfigError
+from fdkit.methods.mocov3 import MoCoV3, MoCoV3Config, build_student, contrast, feature_std
+
+TINY_VIT = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+HEADS = {"hidden_dim": 12, "output_dim": 6}
+VIEWS = SimpleNamespace(num_views=2, image_size=8)
+
+
+def tiny(seed: int = 0, **fields: Any) -> MoCoV3:
+    return MoCoV3(VIEWS, MoCoV3Config(model_args=TINY_VIT, **{**HEADS, **fields}), seed=seed)
+
+
+def two_views(batch: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(batch, 3, 8, 8, generator=generator) for _ in range(2)]
+
+
+def info_nce_by_loops(queries: Tensor, keys: Tensor, temperature: float) -> float:
+    """Mean over queries of -log of the softmax share of their own key."""
+    total, queries, keys = 0.0, queries.detach(), keys.detach()
+    for i, query in enumerate(queries):
+        scores = [float(torch.dot(query, key) / query.norm() / key.norm()) / temperature for key in keys]
+        total -= math.log(math.exp(scores[i]) / sum(math.exp(score) for score in scores))
+    return total / len(queries)
+
+
+def grads(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+# --- the loss
+
+
+def test_the_contrast_matches_naive_loops() -> None:
+    queries, keys = torch.randn(4, 6), torch.randn(4, 6)
+    for temperature in (0.2, 1.0):
+        expected = 2 * temperature * info_nce_by_loops(queries, keys, temperature)
+        assert contrast(queries, keys, temperature=temperature).loss.item() == pytest.approx(
+            expected, rel=1e-5
+        )
+
+
+def test_rows_of_a_later_rank_own_the_later_keys() -> None:
+    queries, keys = torch.randn(6, 5), torch.randn(6, 5)
+    whole = contrast(queries, keys, temperature=0.2).loss
+    parts = [contrast(queries[i : i + 2], keys, temperature=0.2, first_label=i).loss for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_equal_features_cost_2_tau_ln_n() -> None:
+    rows = torch.ones(8, 6)
+    result = contrast(rows, rows, temperature=0.2)
+    assert 2 * result.loss.item() == pytest.approx(
+        4 * 0.2 * math.log(8), abs=1e-5
+    )  # 1.6636 for both directions
+    assert result.positive_similarity.item() == pytest.approx(1)
+
+
+def test_the_contrast_ignores_the_length_of_queries_and_keys() -> None:
+    queries, keys = torch.randn(4, 6), torch.randn(4, 6)
+    loss = contrast(queries, keys, temperature=0.2).loss
+    torch.testing.assert_close(contrast(queries * 7, keys, temperature=0.2).loss, loss)
+    torch.testing.assert_close(contrast(queries, keys * 0.1, temperature=0.2).loss, loss)
+
+
+def test_matching_features_are_found() -> None:
+    rows = torch.eye(4, 6)
+    result = contrast(rows, rows, temperature=0.2)
+    assert (result.positive_similarity.item(), result.top1.item()) == (1.0, 1.0)
+    assert contrast(rows, rows.roll(1, dims=0), temperature=0.2).top1.item() == 0.0
+
+
+def test_feature_std_tells_collapse_from_health() -> None:
+    assert feature_std(torch.ones(16, 64)).item() == pytest.approx(0, abs=1e-6)
+    assert feature_std(torch.randn(4096, 64)).item() == pytest.approx(1 / 8, rel=0.01)
+
+
+# --- a training step
+
+
+def forward_by_hand(method: MoCoV3, views: list[Tensor], momentum: float) -> Tensor:
+    """The loss of one step, view by view, from copies of the method's parts."""
+    student, projector, predictor, old_student, old_projector = (
+        copy.deepcopy(part)
+        for part in (
+            method.student,
+            method.projector,
+            method.predictor,
+            method.momentum_student,
+            method.momentum_projector,
+        )
+    )
+    queries = [predictor(projector(student(view).prefix[:, 0])) for view in views]
+    for old, new in ((old_student, student), (old_projector, projector)):
+        for old_parameter, parameter in zip(old.parameters(), new.parameters(), strict=True):
+            old_parameter.data = momentum * old_parameter.data + (1 - momentum) * parameter.data
+    keys = [old_projector(old_student(view).prefix[:, 0]) for view in views]
+    temperature = method.config.temperature
+    directions = [
+        info_nce_by_loops(queries[0], keys[1], temperature),
+        info_nce_by_loops(queries[1], keys[0], temperature),
+    ]
+    return torch.tensor(2 * temperature * sum(directions))
+
+
+def trained_apart(**fields: Any) -> MoCoV3:
+    """A method whose student has left its momentum copy behind, as after some steps."""
+    method = tiny(**fields)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in method.student.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return method
+
+
+def test_a_step_is_queries_then_momentum_then_keys() -> None:
+    method = trained_apart(momentum=0.3)
+    views = two_views()
+    progress = 0.25
+    momentum = 1 - 0.7 * (1 + math.cos(math.pi * progress)) / 2
+    expected = forward_by_hand(method, views, momentum)
+    stale = forward_by_hand(method, views, 1.0)  # keys before the momentum update
+    loss = method(views, progress)["loss"]
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert abs(stale - expected) > 0.01
+
+
+def test_the_loss_does_not_know_which_view_is_first() -> None:
+    views = two_views()
+    first = tiny()(views, 0.0)["loss"]
+    second = tiny()(views[::-1], 0.0)["loss"]
+    torch.testing.assert_close(first, second)
+
+
+def test_gradients_reach_everything_that_trains_and_nothing_else() -> None:
+    method = tiny()
+    method(two_views(), 0.0)["loss"].backward()
+    with_gradient = grads(method)
+    trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    assert with_gradient.keys() == trainable
+    assert not any(name.startswith("momentum_") for name in trainable)
+    assert not any("patch_embed" in name or "pos_embed" in name for name in trainable)
+    assert any(name.startswith("predictor") for name in trainable)
+
+
+def test_a_free_patch_projection_and_learned_positions_get_gradients() -> None:
+    method = tiny(freeze_patch_projection=False, position="learned")
+    method(two_views(), 0.0)["loss"].backward()
+    names = grads(method)
+    assert {"student.network.patch_embed.proj.weight", "student.network.pos_embed"} <= names.keys()
+
+
+def test_the_momentum_encoder_starts_equal_and_has_no_predictor() -> None:
+    method = tiny()
+    assert not any("predictor" in name for name in method.momentum_student.state_dict())
+    for part, old in (("student", "momentum_student"), ("projector", "momentum_projector")):
+        state, old_state = (getattr(method, name).state_dict() for name in (part, old))
+        assert state.keys() == old_state.keys()
+        assert all(torch.equal(state[key], old_state[key]) for key in state)
+
+
+def momentum_weight(method: MoCoV3) -> Tensor:
+    weight: Tensor = method.momentum_student.network.blocks[0].attn.qkv.weight
+    return weight.clone()
+
+
+def test_the_momentum_encoder_moves_once_an_optimiser_step() -> None:
+    method = trained_apart()
+    start = momentum_weight(method)
+    predictor = copy.deepcopy(method.predictor)
+    method(two_views(), 0.1)
+    moved = momentum_weight(method)
+    method(two_views(), 0.1)  # the second part of the same step
+    assert not torch.equal(start, moved)
+    assert torch.equal(moved, momentum_weight(method))
+    method.after_step(0.1)
+    method(two_views(), 0.2)
+    assert not torch.equal(moved, momentum_weight(method))
+    for old, new in zip(predictor.parameters(), method.predictor.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad"])
+def test_looking_at_the_loss_leaves_the_momentum_encoder_alone(how: str) -> None:
+    method = trained_apart().train(how != "eval")
+    start = momentum_weight(method)
+    with torch.set_grad_enabled(how != "no_grad"):
+        assert method(two_views(), 0.1)["loss"].isfinite()
+    assert torch.equal(start, momentum_weight(method))
+
+
+def test_batch_norm_of_the_momentum_encoder_lives_by_its_own_batches() -> None:
+    method = trained_apart()
+    method(two_views(), 0.1)
+    mine, theirs = method.projector[1], method.momentum_projector[1]
+    assert mine.num_batches_tracked.item() == theirs.num_batches_tracked.item() == 2
+    assert not torch.allclose(mine.running_mean, theirs.running_mean)
+
+
+def test_twenty_steps_learn_and_log_scalars() -> None:
+    method = tiny()
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
+    views = two_views(16)
+    losses = []
+    for step in range(20):
+        scalars = method(views, step / 20)
+        optimiser.zero_grad()
+        scalars["loss"].backward()
+        optimiser.step()
+        method.after_step(step / 20)
+        losses.append(scalars["loss"].item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert scalars.keys() == {"loss", "positive_similarity", "top1", "feature_std"}
+    assert all(value.ndim == 0 and value.isfinite() for value in scalars.values())
+    assert [name for name, value in scalars.items() if value.requires_grad] == ["loss"]
+
+
+def test_a_resumed_run_goes_on_exactly() -> None:
+    whole, first = trained_apart(), trained_apart()
+    for method in (whole, first):
+        method(two_views(), 0.0)["loss"].backward()
+        method.after_step(0.0)
+    resumed = tiny(seed=9)
+    resumed.load_state_dict(first.state_dict())
+    assert torch.equal(resumed(two_views(), 0.5)["loss"], whole(two_views(), 0.5)["loss"])
+
+
+def test_the_loss_is_computed_in_float32_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scalars = tiny()(two_views(), 0.0)
+    assert scalars["loss"].dtype == torch.float32
+    scalars["loss"].backward()
+
+
+# --- the network
+
+
+def test_vit_small_has_12_heads_unless_told_otherwise() -> None:
+    small = {"embed_dim": 24, "depth": 1}
+    assert build_student(MoCoV3Config(model_args=small), image_size=32).network.blocks[0].attn.num_heads == 12
+    config = MoCoV3Config(model_args={**small, "num_heads": 3})
+    assert build_student(config, image_size=32).network.blocks[0].attn.num_heads == 3
+
+
+def test_the_heads_are_those_of_the_paper() -> None:
+    method = tiny()
+    kinds = [type(layer).__name__ for layer in method.projector]
+    assert kinds == ["Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm"]
+    assert [type(layer).__name__ for layer in method.predictor] == kinds[3:]
+    assert all(head[-1].weight is None for head in (method.projector, method.predictor))
+    assert all(
+        layer.bias is None
+        for layer in method.modules()
+        if isinstance(layer, nn.Linear) and layer.in_features == 12
+    )
+
+
+def test_positions_are_fixed_row_first_learned_or_absent() -> None:
+    sincos = tiny().student.network.pos_embed
+    assert not sincos.requires_grad
+    # patch 1 lies right of patch 0: with the row first, only the second half of the channels changes
+    assert torch.equal(sincos[0, 1, :8], sincos[0, 2, :8])
+    assert not torch.equal(sincos[0, 1, 8:], sincos[0, 2, 8:])
+    assert tiny(position="learned").student.network.pos_embed.requires_grad
+    assert tiny(position="none").student.network.pos_embed is None
+
+
+def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    states = [tiny(seed=seed).state_dict() for seed in (3, 3, 4)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+RESNET = {
+    "architecture": "resnet10t",
+    "position": "none",
+    "pooling": "patches",
+    "freeze_patch_projection": False,
+    "num_projector_layers": 2,
+    "predictor_last_norm": False,
+    "temperature": 1.0,
+}
+
+
+def test_a_resnet_trains_with_batch_norms_that_see_one_view_at_a_time() -> None:
+    method = MoCoV3(SimpleNamespace(num_views=2, image_size=32), MoCoV3Config(**RESNET, **HEADS), seed=0)
+    views = [torch.rand(3, 3, 32, 32) for _ in range(2)]
+    method(views, 0.0)["loss"].backward()
+    assert grads(method).keys() == {name for name, p in method.named_parameters() if p.requires_grad}
+    counts = {int(value) for key, value in method.state_dict().items() if key.endswith("num_batches_tracked")}
+    assert counts == {2}
+    assert isinstance(method.predictor[-1], nn.Linear)
+
+
+def test_a_resnet_with_the_settings_of_a_transformer_is_refused_once_for_all() -> None:
+    needed = "needs position: none, freeze_patch_projection: false, pooling: patches"
+    with pytest.raises(ConfigError, match=f"resnet10t is no vision transformer; it {needed}"):
+        build_student(MoCoV3Config(architecture="resnet10t"), image_size=32)
+
+
+def test_an_image_size_beside_that_of_the_views_is_refused() -> None:
+    with pytest.raises(ConfigError, match="img_size is 12, but the views are 8 pixels wide"):
+        build_student(MoCoV3Config(model_args={**TINY_VIT, "img_size": 12}), image_size=8)
+
+
+def test_other_than_two_views_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the views make 1"):
+        MoCoV3(SimpleNamespace(num_views=1, image_size=8), MoCoV3Config(model_args=TINY_VIT), seed=0)
+
+
+# --- two processes
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    results = {}
+    for name, method, views in cases():
+        parallel = DistributedDataParallel(method)
+        scalars = parallel([view.chunk(2)[rank] for view in views], 0.25)
+        scalars["loss"].backward()
+        results[name] = {
+            "loss": scalars["loss"].detach(),
+            "grads": grads(method),
+            "state": method.state_dict(),
+        }
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def cases() -> list[tuple[str, MoCoV3, list[Tensor]]]:
+    """Double precision, so that the order of sums does not show."""
+    resnet = MoCoV3(SimpleNamespace(num_views=2, image_size=32), MoCoV3Config(**RESNET, **HEADS), seed=0)
+    images = [view.double().repeat(1, 1, 4, 4) for view in two_views(6)]
+    return [
+        ("vit", trained_apart(temperature=1.0).double(), [view.double() for view in two_views(6)]),
+        ("resnet", resnet.double(), images),
+    ]
+
+
+@pytest.mark.distributed
+def test_two_ranks_equal_one_process(tmp_path: Any) -> None:
+    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, method, views in cases():
+        loss = method(views, 0.25)["loss"]
+        loss.backward()
+        torch.testing.assert_close((ranks[0][name]["loss"] + ranks[1][name]["loss"]) / 2, loss.detach())
+        for key, grad in grads(method).items():
+            for result in ranks:
+                torch.testing.assert_close(result[name]["grads"][key], grad, rtol=1e-4, atol=1e-7, msg=key)
+        for key, value in method.state_dict().items():
+            torch.testing.assert_close(ranks[1][name]["state"][key], value, rtol=1e-5, atol=1e-7, msg=key)
