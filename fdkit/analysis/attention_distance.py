@@ -14,7 +14,13 @@ from torch import Tensor
 
 from fdkit.analysis._analysis import Analysis
 from fdkit.analysis._figure import BLUE, GREY, NARROW, ORANGE, WIDE, in_style, panels, wrapped
-from fdkit.analysis.observe import Observed, backbone_of, num_attended_prefix_tokens, observe_attention, patch_grid
+from fdkit.analysis.observe import (
+    Observed,
+    backbone_of,
+    num_attended_prefix_tokens,
+    observe_attention,
+    patch_grid,
+)
 from fdkit.config import Config
 from fdkit.errors import ConfigError, DataError
 
@@ -153,8 +159,12 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
 def _draw_model(axes: "Axes", model: dict[str, Any]) -> None:
     layers = range(1, len(model["distance"]) + 1)
     dots = [(layer, value) for layer, heads in zip(layers, model["distance"], strict=True) for value in heads]
-    axes.axhline(model["uniform_distance"], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="uniform attention")
-    axes.scatter(*zip(*dots, strict=True), s=20, color=BLUE, alpha=0.55, linewidths=0, zorder=2, label="a head")
+    axes.axhline(
+        model["uniform_distance"], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="uniform attention"
+    )
+    axes.scatter(
+        *zip(*dots, strict=True), s=20, color=BLUE, alpha=0.55, linewidths=0, zorder=2, label="a head"
+    )
     axes.plot(layers, model["mean"], color=ORANGE, linewidth=2, zorder=3, label="mean of heads")
     axes.set_title(wrapped(model["name"], axes))
     axes.set_xlabel("layer")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fdkit.teachers.teacher import Teacher
 
 Visit: TypeAlias = Callable[[int, Tensor], None]
-"""Called with a layer's number from 0 and its attention (B, H, N, N): softmax over the last axis, prefix tokens first."""
+"""Called with a layer's number, from 0, and its attention (B, H, N, N): rows are softmaxes, prefix tokens come first."""
 
 READABLE = "global self-attention is read: ViT, BEiT, EVA and DINOv3 of timm, and CLIP of timm or open_clip"
 
@@ -66,7 +66,7 @@ def observe_attention(model: "Backbone | Teacher", images: Tensor, visit: Visit)
     num_tokens = num_attended_prefix_tokens(backbone) + rows * columns
     reader = _Reader(visit, batch_size=len(images), num_tokens=num_tokens)
     with _evaluating(backbone), _reading(backbone.network, reader):
-        tokens: Tokens = backbone(images.to(backbone.mean.device))
+        tokens: Tokens = backbone(images.to(backbone.mean))
     if reader.num_layers == 0:
         raise ConfigError(f"{type(backbone.network).__name__} has no attention to observe", READABLE)
     return tokens
@@ -107,8 +107,8 @@ def _evaluating(backbone: Backbone) -> Iterator[None]:
 
 @contextmanager
 def _reading(network: nn.Module, reader: _Reader) -> Iterator[None]:
-    """Attention reaches the reader while the context lasts; fused paths and hooks are restored after it, error or not."""
-    fused = [module for module in network.modules() if getattr(module, "fused_attn", False)]
+    """Attention reaches the reader while the context lasts; afterwards, error or not, the network is as before."""
+    fused: list[Any] = [module for module in network.modules() if getattr(module, "fused_attn", False)]
     handles: list[RemovableHandle] = []
     try:
         for module in fused:
@@ -144,7 +144,7 @@ def _attach_multihead(module: nn.MultiheadAttention, reader: _Reader) -> list[Re
 
 
 def _attach_dropout(module: nn.Module, reader: _Reader) -> list[RemovableHandle]:
-    """timm's unfused path sends the softmax through `attn_drop`, the identity in evaluation mode."""
+    """The unfused path of timm sends the softmax through `attn_drop`, the identity in evaluation mode."""
     num_layers_before = 0
 
     def start(module: nn.Module, args: Any) -> None:

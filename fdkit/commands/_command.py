@@ -15,6 +15,8 @@ from pydantic import Field
 
 from fdkit.config import Config, Values, find_recipe, read_yaml, recipe_names, validate
 from fdkit.errors import OutputError
+from fdkit.teachers.loading import load_teacher
+from fdkit.teachers.teacher import Teacher
 
 
 class Command(Config):
@@ -29,14 +31,29 @@ class Command(Config):
 
 
 class ModelOptions(Config):
-    """How a model is loaded."""
+    """How a MODEL is loaded; fields of every command that takes one."""
 
     architecture: str | None = None
-    """timm name of the network in a checkpoint file, where the file does not tell."""
+    """timm model (or open_clip:ARCH) of the network in a checkpoint file, where the file does not tell."""
     image_size: int | None = Field(default=None, ge=1)
-    """Height and width of its input in pixels; none means the model's own."""
+    """Height and width of the network's input in pixels; none means its own."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of RGB in [0, 1] the network expects, where a checkpoint file does not tell."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of RGB the network expects, likewise."""
     pretrained: bool = True
-    """Whether weights are loaded; `--model.pretrained false` gives random ones, for a comparison."""
+    """Whether weights are loaded; `--pretrained false` gives random ones, as a control."""
+
+    def load(self, name: str) -> Teacher:
+        """The model `name` with these options."""
+        return load_teacher(
+            name,
+            architecture=self.architecture,
+            image_size=self.image_size,
+            mean=self.mean,
+            std=self.std,
+            pretrained=self.pretrained,
+        )
 
 
 class Outcome(NamedTuple):

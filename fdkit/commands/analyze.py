@@ -29,14 +29,13 @@ from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.sources import ImageSource, open_source
 from fdkit.data.views import CenterCrop
 from fdkit.errors import ConfigError
-from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.distributed import local_device
 
 SHARED_FILES = {"observe"}
 
 
-class AnalyzeConfig(Command):
+class AnalyzeConfig(ModelOptions, Command):
     """Look into one model, or compare several.
 
     Example: fdkit analyze attention-distance demo RUN --data demo
@@ -52,7 +51,6 @@ class AnalyzeConfig(Command):
     """Folder for the numbers (JSON) and the figure (SVG, PNG); by default a fresh one under runs/."""
     overwrite: bool = Field(default=False, exclude=True)
     """Replace results that are there already."""
-    load: ModelOptions = ModelOptions()
     loader: LoaderConfig = LoaderConfig()
 
 
@@ -81,7 +79,7 @@ def run(config: Any) -> Outcome:
     refuse_existing(files.values(), overwrite=config.overwrite)
     device = local_device(config.device)
     source = open_source(config.data, config.split)
-    models = [load_teacher(name, **config.load.model_dump()).to(device) for name in config.model]
+    models = [config.load(name).to(device) for name in config.model]
     observed = [
         Observed(name, model, _images(model, source, config))
         for name, model in zip(_labels(config.model), models, strict=True)

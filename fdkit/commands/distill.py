@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from fdkit.commands._command import Outcome, default_output, resolve
+from fdkit.commands._command import ModelOptions, Outcome, default_output, resolve
 from fdkit.commands._training import TrainingCommand, run_training
 from fdkit.config import Config
 from fdkit.data.sources import ImageSource
@@ -13,10 +13,9 @@ from fdkit.data.views import CropConfig, RandomCrop
 from fdkit.methods._method import Method
 from fdkit.methods.feature_distillation import FeatureDistillation, FeatureDistillationConfig
 from fdkit.models.student import StudentConfig, build_student
-from fdkit.teachers.loading import load_teacher
 
 
-class DistillConfig(TrainingCommand):
+class DistillConfig(ModelOptions, TrainingCommand):
     """Distil a pretrained teacher into a student that sees positions relatively and regresses whitened features.
 
     Example: fdkit distill --teacher demo --data demo --output runs/first
@@ -26,12 +25,6 @@ class DistillConfig(TrainingCommand):
 
     teacher: str
     """A catalog name, timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo."""
-    teacher_architecture: str | None = None
-    """timm name of the network in a teacher's checkpoint file, where the file does not tell."""
-    teacher_image_size: int | None = Field(default=None, ge=1)
-    """Height and width of the teacher's input in pixels; none means its own."""
-    pretrained: bool = True
-    """Whether the teacher's weights are loaded; `--pretrained false` distils a random network, as a control."""
     student: StudentConfig = StudentConfig()
     distillation: FeatureDistillationConfig = FeatureDistillationConfig()
     views: CropConfig = CropConfig()
@@ -52,12 +45,7 @@ def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
     folder = config.output or default_output("distill", config.teacher)
 
     def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
-        teacher = load_teacher(
-            config.teacher,
-            architecture=config.teacher_architecture,
-            image_size=config.teacher_image_size,
-            pretrained=config.pretrained,
-        )
+        teacher = config.load(config.teacher)
         student = build_student(
             config.student, teacher.backbone, image_size=config.views.image_size, seed=config.seed
         )

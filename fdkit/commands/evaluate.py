@@ -22,13 +22,12 @@ from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import open_source
 from fdkit.evaluation.features import extract_features
-from fdkit.teachers.loading import load_teacher
 from fdkit.training.distributed import local_device
 
 SHARED_FILES = {"features"}
 
 
-class EvaluateConfig(Command):
+class EvaluateConfig(ModelOptions, Command):
     """Measure a frozen model.
 
     Example: fdkit evaluate knn demo --data demo --k 10,20
@@ -48,7 +47,6 @@ class EvaluateConfig(Command):
     """Arithmetic of the forward pass."""
     output: Path | None = Field(default=None, exclude=True)
     """File for the result as JSON; the result of a run folder is kept in its results/ too."""
-    load: ModelOptions = ModelOptions()
     loader: LoaderConfig = LoaderConfig()
 
 
@@ -71,7 +69,7 @@ def config_class(choice: str) -> type[Config]:
 def run(config: Any) -> Outcome:
     """Extract features of both splits once, and evaluate them."""
     device = local_device(config.device)
-    teacher = load_teacher(config.model, **config.load.model_dump())
+    teacher = config.load(config.model)
     features = [
         extract_features(
             teacher,

@@ -54,7 +54,9 @@ def draw(strengths: ColourStrengths, random: np.random.Generator) -> Tensor:
     sigma = low + uniform[7] * (high - low) if uniform[6] < strengths.blur_probability else 0.0
     gray = uniform[5] < strengths.grayscale_probability
     solarize = uniform[8] < strengths.solarize_probability
-    return torch.tensor([*factors, *random.permutation(4).tolist(), gray, sigma, solarize], dtype=torch.float32)
+    return torch.tensor(
+        [*factors, *random.permutation(4).tolist(), gray, sigma, solarize], dtype=torch.float32
+    )
 
 
 def apply(images: Tensor, parameters: Tensor, strengths: ColourStrengths) -> Tensor:
@@ -95,7 +97,7 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor, *, with_hue: bool = T
 
 
 def _blend(images: Tensor, factors: Tensor, operation: Tensor, active: Tensor) -> Tensor:
-    """factor * image + (1 - factor) * other, where other is black, the mean grey or the grey image."""
+    """The mix factor * image + (1 - factor) * other, where other is black, the mean grey or the grey image."""
     factor = torch.ones_like(factors[0])
     for part in (BRIGHTNESS, CONTRAST, SATURATION):
         factor = torch.where(active & (operation == part), factors[part], factor)
@@ -130,7 +132,11 @@ def _hue(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = images.amax(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
     divisor = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
-    of_red, of_green, of_blue = (green - blue) / divisor, 2 + (blue - red) / divisor, 4 + (red - green) / divisor
+    of_red, of_green, of_blue = (
+        (green - blue) / divisor,
+        2 + (blue - red) / divisor,
+        4 + (red - green) / divisor,
+    )
     hue = torch.where(value == red, of_red, torch.where(value == green, of_green, of_blue))
     return value, chroma, hue
 

@@ -135,7 +135,9 @@ class FolderSource:
 class ArraySource:
     """Images held in memory."""
 
-    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray | None, classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, images: np.ndarray, labels: np.ndarray | None, classes: Sequence[str] = ()
+    ) -> None:
         """images: (N, H, W, 3) uint8; labels: (N,) or None."""
         self.name = name
         self.images = images
@@ -233,7 +235,9 @@ def _folders_of_split(root: Path, split: str, name: str) -> list[str]:
             return [folder]
     there = printable(", ".join(f"{folder}/" for folder in present[:20])) or "no sub-folder"
     looked_for = " or ".join(f"{folder}/" for folder in wanted)
-    raise DataError(f"{printable(name)}: no split '{printable(split)}'", f"looked for {looked_for}; there is {there}")
+    raise DataError(
+        f"{printable(name)}: no split '{printable(split)}'", f"looked for {looked_for}; there is {there}"
+    )
 
 
 def _class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
@@ -247,11 +251,13 @@ def _class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry))
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if _is_folder(entry))
 
 
 def _has_loose_images(folder: Path) -> bool:
-    return any(_is_image(entry) for entry in os.scandir(folder))
+    with os.scandir(folder) as entries:
+        return any(_is_image(entry) for entry in entries)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -298,7 +304,9 @@ def _digits(split: str) -> ArraySource:
     if chosen is None:
         raise DataError(f"digits: no split '{split}'", "there are train, test and all")
     pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
-    large = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in pixels]
+    large = [
+        Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in pixels
+    ]
     images = np.stack([np.asarray(image) for image in large])
     return ArraySource("digits", images, bunch.target[chosen], [str(digit) for digit in range(10)])
 
@@ -317,14 +325,17 @@ def _torchvision(data: str, split: str) -> TorchvisionSource:
         raise DataError(f"{data}: no split '{split}'", "there are train, test and all")
     if not Path(root).is_dir():
         raise DataError(
-            f"{data}: no folder {root}", f"put the set there, or make the folder and it is downloaded: mkdir -p {root}"
+            f"{data}: no folder {root}",
+            f"put the set there, or make the folder and it is downloaded: mkdir -p {root}",
         )
     parts = ("train", "test") if split == "all" else (split,)
     options = [{"train": part == "train"} if "train" in parameters else {"split": part} for part in parts]
     try:
         datasets = [kind(root, download=True, **option) for option in options]  # type: ignore[misc]
     except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{data}: cannot be opened or downloaded ({error})", f"put the set into {root}") from error
+        raise DataError(
+            f"{data}: cannot be opened or downloaded ({error})", f"put the set into {root}"
+        ) from error
     return TorchvisionSource(data, datasets)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from PIL.Image import Transpose
 from pydantic import Field
 from torch import Tensor
 
@@ -26,7 +25,7 @@ class Sample(NamedTuple):
     """What a worker makes of one image."""
 
     crops: list[Tensor]
-    """One a view: uint8 (3, H, W)."""
+    """One a view: uint8 (3, H, W), in either memory layout."""
     colour: list[Tensor]
     """One a view: float32 (P,), its colour parameters; empty when the views change no colour."""
 
@@ -162,7 +161,12 @@ class CenterCrop:
 
 
 def draw_box(
-    width: int, height: int, random: np.random.Generator, *, min_scale: float, ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    width: int,
+    height: int,
+    random: np.random.Generator,
+    *,
+    min_scale: float,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
     """A random box whose share of the area is uniform in [min_scale, 1] and whose log aspect ratio is uniform.
 

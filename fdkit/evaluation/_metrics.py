@@ -13,12 +13,13 @@ def rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before the true one, (N,) int64: 0 is a top-1 hit, below 5 a top-5 hit.
 
     scores: (N, C), higher is likelier; labels: (N,) in [0, C). Of equal scores the lower class comes
-    first, so the answer is the same on every device, unlike that of argmax or topk.
+    first, so the answer is the same on every device, unlike that of argmax or topk. A score that is
+    not a number is never a hit.
     """
     own = scores.gather(1, labels[:, None])
     classes = torch.arange(scores.shape[1], device=scores.device)
-    tied_before = (scores == own) & (classes < labels[:, None])
-    return ((scores > own) | tied_before).sum(dim=1)
+    tied_after = (scores == own) & (classes >= labels[:, None])
+    return (~(scores < own) & ~tied_after).sum(dim=1)
 
 
 def accuracies(ranks: Tensor, num_classes: int) -> dict[str, float]:

@@ -3,22 +3,19 @@
 Everything the evaluators do afterwards is arithmetic on these vectors.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.sources import ImageSource
-from fdkit.data.views import CenterCrop
+from fdkit.data.views import CenterCrop, Interpolation
 from fdkit.errors import ConfigError, DataError, NumericsError
-from fdkit.models.backbone import Backbone, pool
+from fdkit.models.backbone import Backbone, Preprocessing, pool
 from fdkit.teachers.teacher import Teacher
-
-log = logging.getLogger("fdkit")
 
 Pooling = Literal["auto", "cls", "patches"]
 Precision = Literal["fp32", "bf16"]
@@ -62,9 +59,7 @@ def extract_features(
     backbone = model if isinstance(model, Backbone) else model.backbone
     chosen = resolve_pooling(backbone, pooling)
     want = backbone.preprocessing
-    views = CenterCrop(
-        image_size=want.image_size, crop_ratio=want.crop_ratio, interpolation=want.interpolation
-    )
+    views = evaluation_crop(want)
     model.to(device)
 
     def encode(images: Tensor) -> Tensor:
@@ -133,6 +128,15 @@ def encode_source(
     info = {"source": source.name, "fingerprint": source.fingerprint, "num_images": count, "skipped": skipped}
     classes = tuple(source.classes) or tuple(str(label) for label in range(int(labels[:count].max()) + 1))
     return Features(values[:count], labels[:count], classes, info)
+
+
+def evaluation_crop(want: Preprocessing) -> CenterCrop:
+    """The crop a model is evaluated on. Raises ConfigError for an interpolation other than bilinear or bicubic."""
+    if want.interpolation not in get_args(Interpolation):
+        known = " and ".join(get_args(Interpolation))
+        raise ConfigError(f"the model asks for {want.interpolation} interpolation; there are {known}")
+    interpolation = cast(Interpolation, want.interpolation)
+    return CenterCrop(want.image_size, crop_ratio=want.crop_ratio, interpolation=interpolation)
 
 
 def resolve_pooling(backbone: Backbone, pooling: Pooling) -> Literal["cls", "patches"]:

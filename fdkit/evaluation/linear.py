@@ -140,6 +140,8 @@ def choose(train: Features, config: LinearConfig) -> Choice:
     _warn_at_edge(candidates[best].lr, config.lr)
     if config.refit:
         probe = fit(train.values, train.labels, num_classes, candidates=[candidates[best]], config=config)
+        if not probe.weight.isfinite().all():
+            raise NumericsError(f"the chosen {candidates[best]} diverged on all of train", "try --no-refit")
     else:
         probe = Probe(fitted.weight[best : best + 1], fitted.bias[best : best + 1])
     return Choice(probe, candidates[best], table, len(fit_rows), len(validation_rows))

@@ -19,7 +19,7 @@ from fdkit.data.views import Views
 from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Preprocessing, pool
-from fdkit.models.batch_norm import has_batch_norm, synchronise_batch_norm
+from fdkit.models.batch_norm import synchronise_batch_norm
 from fdkit.models.collectives import gather_rows, rank
 from fdkit.models.heads import mlp_head
 from fdkit.models.libraries import build_timm
@@ -92,7 +92,6 @@ class MoCoV3(Method):
             )
         self.momentum_student = momentum_copy(self.student)
         self.momentum_projector = momentum_copy(self.projector)
-        self._has_batch_norm = has_batch_norm(self.student)
         self._is_momentum_due = True
 
     def forward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
@@ -128,11 +127,7 @@ class MoCoV3(Method):
 
     def _project(self, student: Backbone, projector: nn.Module, views: list[Tensor]) -> list[Tensor]:
         """Projected features of each view, (B, d) each; batch norms see one view at a time."""
-        if self._has_batch_norm:
-            features = [pool(student(view), self.config.pooling) for view in views]
-        else:  # one pass over both views costs less and gives the same
-            features = list(pool(student(torch.cat(views)), self.config.pooling).chunk(len(views)))
-        return [projector(rows) for rows in features]
+        return [projector(pool(student(view), self.config.pooling)) for view in views]
 
     def _move_momentum_encoder(self, progress: float) -> None:
         momentum = momentum_at(progress, self.config.momentum, self.config.momentum_schedule)

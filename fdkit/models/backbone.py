@@ -46,7 +46,7 @@ class Preprocessing(NamedTuple):
     """Height and width in pixels."""
     crop_ratio: float = 0.875
     """image_size / short side after resizing, when evaluating."""
-    interpolation: str = "bicubic"
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""

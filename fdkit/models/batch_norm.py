@@ -70,8 +70,3 @@ def synchronise_batch_norm(module: Module) -> Module:
                 "train in one process, or choose a network with plain batch norms, such as resnet50",
             )
     return module
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether what the module makes of an image depends, in training, on the other images of its batch."""
-    return any(isinstance(part, _BatchNorm) for part in module.modules())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -43,10 +42,9 @@ def build_timm(
 
     args = {**({} if keep_head else {"num_classes": 0}), **model_args}
     cfg = _timm_config(name)
+    image_size = _image_size(name, args, cfg)
     if not cfg.get("fixed_input_size"):
-        image_size = args.pop("img_size", cfg["input_size"][-1])
-    else:
-        image_size = args.get("img_size", cfg["input_size"][-1])
+        args.pop("img_size", None)
     try:
         network = timm.create_model(name, pretrained=False, **args)
     except (TypeError, ValueError, AssertionError) as error:
@@ -284,9 +282,20 @@ def _timm_config(name: str) -> dict[str, Any]:
     return dict(cfg.to_dict())
 
 
+def _image_size(name: str, args: dict[str, Any], cfg: dict[str, Any]) -> int:
+    """Side of the square images a timm model is built for; ConfigError if it is built for other shapes."""
+    height, width = cfg["input_size"][1:]
+    size = args.get("img_size", height if height == width else (height, width))
+    if not isinstance(size, int):
+        raise ConfigError(
+            f"timm model {name}: image size {size} is not one number", hint="set img_size to one number"
+        )
+    return size
+
+
 def _timm_preprocessing(cfg: dict[str, Any], image_size: int) -> Preprocessing:
     mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-    return Preprocessing(mean, std, image_size, float(cfg["crop_pct"]), str(cfg["interpolation"]))
+    return Preprocessing(mean, std, image_size, float(cfg["crop_pct"]), cfg["interpolation"])
 
 
 def _open_clip_tag(arch: str, tag: str | None) -> dict[str, Any]:

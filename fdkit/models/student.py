@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fdkit.config import Config
 from fdkit.errors import ConfigError
-from fdkit.models.attention import share_bias
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Preprocessing
 from fdkit.models.libraries import build_timm
 
@@ -48,16 +47,17 @@ def build_student(config: StudentConfig, teacher: Backbone, *, image_size: int, 
     Raises ConfigError if the teacher is neither a ViT nor a Swin and no name is given, if an option has no effect
     on the student asked for, or if sizes do not divide.
     """
+    from fdkit.models.fast_beit import accelerate
+
     preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.name is not None:
             _refuse_vit_options(config, f"student {config.name} has its own architecture")
-            args = {"img_size": image_size, "drop_path_rate": config.drop_path}
-            student = build_timm(config.name, args, preprocessing=preprocessing)
+            student = _build_named(config.name, config.drop_path, preprocessing)
         else:
             student = _build_like(config, teacher, preprocessing)
-    share_bias(student.network)
+    accelerate(student.network)
     return student
 
 
@@ -81,6 +81,18 @@ def init_vit(network: Any) -> None:
         for number, block in enumerate(network.blocks, start=1):
             block.attn.proj.weight /= math.sqrt(2 * number)
             block.mlp.fc2.weight /= math.sqrt(2 * number)
+
+
+def _build_named(name: str, drop_path: float, preprocessing: Preprocessing) -> Backbone:
+    """A timm model; one that knows no stochastic depth serves a rate of 0, and is refused at any other."""
+    args: dict[str, Any] = {"img_size": preprocessing.image_size}
+    try:
+        return build_timm(name, {**args, "drop_path_rate": drop_path}, preprocessing=preprocessing)
+    except ConfigError as error:
+        if drop_path > 0:
+            hint = error.hint or "a model without stochastic depth needs --student.drop-path 0"
+            raise ConfigError(error.message, hint=hint) from error
+        return build_timm(name, args, preprocessing=preprocessing)
 
 
 def _build_like(config: StudentConfig, teacher: Backbone, preprocessing: Preprocessing) -> Backbone:
@@ -116,8 +128,9 @@ def _build_swin(teacher: Any, drop_path: float, preprocessing: Preprocessing) ->
         "drop_path_rate": drop_path,
     }
     student = build_timm("swinv2_tiny_window8_256", args, preprocessing=preprocessing)
-    for layer in student.network.layers:  # type: ignore[union-attr]
-        for block in layer.blocks:  # type: ignore[union-attr]
+    layers: Any = student.network.layers
+    for layer in layers:
+        for block in layer.blocks:
             nn.init.constant_(block.norm1.weight, SWIN_NORM_WEIGHT)
             nn.init.constant_(block.norm2.weight, SWIN_NORM_WEIGHT)
     return student
@@ -183,5 +196,5 @@ def _refuse_vit_options(config: StudentConfig, reason: str) -> None:
             raise ConfigError(f"student.{option} {getattr(config, option)} has no effect: {reason}")
 
 
-def _truncated_normal(weight: nn.Parameter) -> None:
+def _truncated_normal(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)

@@ -84,7 +84,9 @@ def accuracy_bars(
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
         handles.append(bars)
     if chance is not None:
-        handles.append(axes.axvline(100 * chance, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="chance"))
+        handles.append(
+            axes.axvline(100 * chance, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="chance")
+        )
     axes.set_yticks(np.arange(len(models)), models)
     axes.invert_yaxis()
     axes.set_xlim(0, 109)

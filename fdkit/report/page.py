@@ -131,7 +131,8 @@ def render_page(
 
 class _Cell(NamedTuple):
     text: str
-    is_number: bool
+    in_numbers: bool
+    """Whether its column holds numbers, which stand on the right."""
     is_best: bool
 
 
@@ -140,32 +141,26 @@ def _cells(table: Table) -> list[list[_Cell]]:
     for row in table.rows:
         if len(row) != len(table.columns):
             raise ValueError(f"a table of {len(table.columns)} columns has the row {tuple(row)}")
-    best = [_best_number(column, values) for column, values in _by_column(table)]
-    return [
-        [_cell(column, value, best=one) for column, value, one in zip(table.columns, row, best, strict=True)]
-        for row in table.rows
-    ]
-
-
-def _by_column(table: Table) -> list[tuple[Column, list[float]]]:
-    return [
-        (column, [row[place] for row in table.rows if _is_number(row[place])])
+    by_column = [
+        _column_cells(column, [row[place] for row in table.rows])
         for place, column in enumerate(table.columns)
     ]
+    return [list(row) for row in zip(*by_column, strict=True)]
 
 
-def _best_number(column: Column, values: list[float]) -> float | None:
-    if column.best is None or len(values) < 2:
-        return None
-    return max(values) if column.best == "max" else min(values)
+def _column_cells(column: Column, values: list[str | float | None]) -> list[_Cell]:
+    numbers = [value for value in values if _is_number(value)]
+    best = {"max": max, "min": min}[column.best](numbers) if column.best and len(numbers) > 1 else None
+    return [
+        _Cell(_written(value, column.format), bool(numbers), best is not None and value == best)
+        for value in values
+    ]
 
 
-def _cell(column: Column, value: str | float | None, *, best: float | None) -> _Cell:
+def _written(value: str | float | None, number_format: str) -> str:
     if value is None:
-        return _Cell("–", True, False)
-    if not _is_number(value):
-        return _Cell(str(value), False, False)
-    return _Cell(format(value, column.format), True, value == best)
+        return "–"
+    return format(value, number_format) if _is_number(value) else str(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -21,7 +21,7 @@ def fetch_timm(name: str) -> Path:
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise WeightsError(
             f"timm has no pretrained weights of {name}",
-            hint="give a file of weights with --teacher FILE --teacher-architecture " + name,
+            hint="give a file of weights with --teacher FILE --architecture " + name,
         )
     if cfg.hf_hub_id:
         files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
@@ -102,7 +102,7 @@ class _Missing:
         return WeightsError(
             f"weights of {self.model} are not in the cache ({self.cache}) and could not be downloaded: {reason}",
             hint=f"download {self.address} on another machine, copy it here, then give "
-            f"--teacher FILE --teacher-architecture {self.architecture}",
+            f"--teacher FILE --architecture {self.architecture}",
         )
 
 

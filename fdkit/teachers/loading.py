@@ -1,5 +1,6 @@
 """How a teacher is named and loaded."""
 
+from fdkit.errors import ConfigError
 from fdkit.teachers.model import Request, load_model, with_preprocessing
 from fdkit.teachers.teacher import Teacher
 
@@ -24,6 +25,8 @@ def load_teacher(
     Raises ConfigError for a name or size that cannot be, WeightsError for weights that are missing, damaged, unsafe,
     not finite, or of another architecture.
     """
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image size {image_size} is not a number of pixels")
     loaded = load_model(Request(name, image_size, pretrained, architecture))
     backbone = loaded.backbone
     changes = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}

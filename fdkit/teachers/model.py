@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ from fdkit.teachers.catalog import CATALOG
 from fdkit.teachers.hub import fetch_open_clip, fetch_timm
 from fdkit.teachers.layouts import STANDARD_HEADS, Layout, recognise
 from fdkit.teachers.weights import (
-    CLIP_RULES,
     RULES,
     State,
     Unwrapped,
+    WithoutRandomInit,
     check_finite,
+    image_tower,
     load_whole,
     read_weights,
     sha256_of,
@@ -90,20 +92,24 @@ def _load_named(request: Request) -> Loaded:
     if library == "timm":
         name = _tagged(name)
         _refuse_wrong_activation(name)
-        backbone = _build(name, image_size)
+        with WithoutRandomInit() if request.is_pretrained else nullcontext():
+            backbone = _build(name, image_size)
         license = _timm_license(name)
-        fetch, fit = partial(fetch_timm, name), partial(_fit_timm, backbone, name)
+        fetch = partial(fetch_timm, name)
     else:
         arch, _, tag = name.partition("/")
-        backbone = _build_open_clip(arch, tag, image_size)
+        if not tag:
+            raise ConfigError(f"{model} names no weights: an open_clip model is open_clip:ARCH/TAG")
+        with WithoutRandomInit() if request.is_pretrained else nullcontext():
+            backbone = _build_open_clip(arch, tag, image_size)
         license = "unstated"
-        fetch, fit = partial(fetch_open_clip, arch, tag), partial(_fit_open_clip, backbone)
+        fetch = partial(fetch_open_clip, arch, tag)
     license = entry.license if entry else license
     if not request.is_pretrained:
         logger.warning("RANDOM WEIGHTS: %s is built without its pretrained weights", request.name)
         return Loaded(backbone, f"{library}:{name}", license, None)
     path = fetch()
-    fit(read_weights(path).state, source=str(path))
+    _fit(backbone, read_weights(path).state, source=str(path))
     return Loaded(backbone, f"{library}:{name}", license, sha256_of(path))
 
 
@@ -113,17 +119,15 @@ def _load_file(path: Path, request: Request) -> Loaded:
     state = weights.state
     layout = recognise(state)
     asked = (request.architecture or _named_architecture(path) or "").removeprefix("timm:")
-    hint = _misfit_hint(layout, asked)
-    if asked.startswith("open_clip:"):
-        backbone = _build_open_clip(asked.removeprefix("open_clip:"), "", request.image_size)
-        _fit_open_clip(backbone, state, source=str(path), hint=hint)
-    else:
-        if asked:
+    with WithoutRandomInit():
+        if asked.startswith("open_clip:"):
+            backbone = _build_open_clip(asked.removeprefix("open_clip:"), "", request.image_size)
+        elif asked:
             _refuse_wrong_activation(asked)
             backbone = _build(asked, request.image_size, _official_args(weights, layout))
         else:
             backbone = _build_recognised(path, weights, layout, request.image_size)
-        _fit_timm(backbone, backbone.recipe["architecture"], state, source=str(path), hint=hint)
+    _fit(backbone, state, source=str(path), hint=_misfit_hint(layout, asked))
     stated = backbone.preprocessing
     logger.info(
         "%s: read as %s; the file holds no statistics: assuming mean %s and std %s (%s); mean= and std= change them",
@@ -205,14 +209,14 @@ def _build_recognised(
             seen = "it looks like CLIP, whose activation (GELU or QuickGELU) the tensors do not show"
         raise WeightsError(
             f"cannot tell the architecture of {path}: {seen}",
-            hint="name it with --teacher-architecture, a timm model or open_clip:ARCH; first tensors: "
+            hint="name it with --architecture, a timm model or open_clip:ARCH; first tensors: "
             + ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(weights.state.items())[:3]),
         )
     args = layout.model_args(num_heads=STANDARD_HEADS[layout.width])
     args.update(_official_args(weights, layout))
     logger.info(
         "%s: the file does not say how many heads its attention has: taking %d, the standard for width %d; "
-        "--teacher-architecture sets another",
+        "--architecture sets another",
         path,
         args["num_heads"],
         layout.width,
@@ -244,19 +248,18 @@ def _official_args(weights: Unwrapped, layout: Layout | None) -> dict[str, Any]:
     return {"num_heads": 12} if is_mocov3 and layout is not None and layout.width == 384 else {}
 
 
-def _fit_timm(backbone: Backbone, name: str, state: State, *, source: str, hint: str = "") -> None:
-    """Weights into a timm network, through timm's own conversion for that family."""
-    adapt = partial(_timm_adapt, backbone, name)
+def _fit(backbone: Backbone, state: State, *, source: str, hint: str = "") -> None:
+    """Weights into a network: through timm's own conversion, or as the image tower of an open_clip file."""
+    recipe = backbone.recipe
+    is_timm = recipe["library"] == "timm"
+    adapt = partial(_timm_adapt, backbone, recipe["architecture"]) if is_timm else _open_clip_adapt
+    state = image_tower(state, source=source)
     load_whole(backbone.network, state, adapt=adapt, rules=RULES, source=source, hint=hint)
 
 
-def _fit_open_clip(backbone: Backbone, state: State, *, source: str, hint: str = "") -> None:
-    """The `visual.` part of a CLIP file into an open_clip visual tower; the text tower is left out by rule."""
-
-    def adapt(state: State) -> State:
-        return {key.removeprefix("visual."): value for key, value in state.items()}
-
-    load_whole(backbone.network, state, adapt=adapt, rules=RULES + CLIP_RULES, source=source, hint=hint)
+def _open_clip_adapt(state: State) -> State:
+    """A whole CLIP file's image tower, or a file of that tower alone, in the tower's own names."""
+    return {key.removeprefix("visual."): value for key, value in state.items()}
 
 
 def _timm_adapt(backbone: Backbone, name: str, state: State) -> State:
@@ -331,4 +334,4 @@ def _misfit_hint(layout: Layout | None, asked: str) -> str:
     seen = f"the file looks like {layout}" if layout else "the file is not a plain ViT"
     if layout and layout.timm_name:
         seen += f", such as {layout.timm_name}"
-    return f"{seen}; read as {asked or 'that'}; --teacher-architecture NAME sets another"
+    return f"{seen}; read as {asked or 'that'}; --architecture NAME sets another"

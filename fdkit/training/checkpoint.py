@@ -54,7 +54,9 @@ def list_steps(folder: Path) -> list[Path]:
     """Checkpoints, newest first, sound or not; those set aside as corrupt are left out."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=step_of, reverse=True)
+    return sorted(
+        (path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=step_of, reverse=True
+    )
 
 
 def save_checkpoint(folder: Path, step: int, content: Checkpoint, *, keep: int) -> Path:
@@ -111,7 +113,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     tensors = {file.stem: safetensors.torch.load_file(file) for file in sorted(path.glob("*.safetensors"))}
     for name, value in tensors.get("model", {}).items():
         if value.is_floating_point() and value.isnan().any():
-            raise WeightsError(f"{path}: {name} holds NaN", "remove this checkpoint to continue from an older one")
+            raise WeightsError(
+                f"{path}: {name} holds NaN", "remove this checkpoint to continue from an older one"
+            )
     return Checkpoint(tensors, json.loads((path / STATE_FILE).read_text()))
 
 

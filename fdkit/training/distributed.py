@@ -35,7 +35,7 @@ class World(NamedTuple):
 
 
 def current_world() -> World:
-    """This process's place, as torchrun's environment variables give it."""
+    """The place of this process, as torchrun's environment variables give it."""
     try:
         rank, size, local = (
             int(os.environ.get(name, default))

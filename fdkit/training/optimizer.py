@@ -24,7 +24,7 @@ class OptimizerConfig(Config):
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate for a global batch of lr_reference_batch images."""
     lr_reference_batch: int | None = Field(512, gt=0)
-    """Batch size the learning rates are given for: lr, warmup_lr and min_lr are multiplied by batch / this; null: used as given."""
+    """lr, warmup_lr and min_lr are given for this batch size and scale with the real one; null: used as given."""
     weight_decay: float = Field(0.05, ge=0)
     """Decay of the parameters that decay_exempt leaves in; decoupled from the gradient in AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -32,7 +32,7 @@ class OptimizerConfig(Config):
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of LARS."""
     decay_exempt: DecayRule = "1d+tokens"
-    """Not decayed: "none": nothing is exempt; "1d": vectors and biases; "1d+tokens": also position embeddings, class token, and a Swin's position parameters."""
+    """Not decayed: nothing; vectors and biases; or also position embeddings, class token, Swin's position terms."""
     clip_grad: float | None = Field(3.0, gt=0)
     """Largest global gradient norm; longer gradients are scaled down to it; null: off."""
     warmup_epochs: float = Field(10, ge=0)
@@ -54,7 +54,9 @@ class Lars(Optimizer):
     def __init__(
         self, params: Any, *, lr: float, weight_decay: float, momentum: float = 0.9, trust: float = 1e-3
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -71,7 +73,9 @@ class Lars(Optimizer):
         if parameter.ndim > 1:
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
             size, slope = parameter.norm(), gradient.norm()
-            ratio = torch.where((size > 0) & (slope > 0), group["trust"] * size / slope, torch.ones_like(size))
+            ratio = torch.where(
+                (size > 0) & (slope > 0), group["trust"] * size / slope, torch.ones_like(size)
+            )
             gradient = gradient * ratio
         state = self.state[parameter]
         if not state:
@@ -84,7 +88,9 @@ def _swin_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Name prefixes of the Swin networks (V1 or V2) inside a model."""
     modules = ("timm.models.swin_transformer", "timm.models.swin_transformer_v2")
     found = [name for name, module in model.named_modules() if type(module).__module__ in modules]
-    roots = [name for name in found if not any(name.startswith(f"{other}.") for other in found if other != name)]
+    roots = [
+        name for name in found if not any(name.startswith(f"{other}.") for other in found if other != name)
+    ]
     return tuple(f"{name}." if name else "" for name in roots)
 
 
@@ -164,5 +170,3 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
         else:
             loaded["state"].setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(loaded)
-
-

@@ -62,8 +62,13 @@ class Clock:
         """Count a finished step."""
         self._window_steps += 1
 
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that went into checkpoints or monitors."""
+        self._started += seconds
+        self._window_started += seconds
+
     def read(self) -> dict[str, float]:
-        """Speed since the last reading: images_per_second (all processes), data_wait_ratio in [0, 1], seconds in all."""
+        """Since the last reading: images_per_second (all processes), data_wait_ratio in [0, 1]; and seconds in all."""
         now = time.perf_counter()
         elapsed = max(now - self._window_started, 1e-9)
         values = {

@@ -10,24 +10,23 @@ import json
 import logging
 import os
 import platform
-import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from fdkit.config import Values, parse_yaml
-from fdkit.errors import ConfigError, FdkitError, OutputError, Preempted
+from fdkit.errors import ConfigError, FdkitError, OutputError, PreemptedError
 from fdkit.training.checkpoint import write_whole
 from fdkit.training.distributed import current_world
 
@@ -248,7 +247,7 @@ class Run:
     def _release(self) -> None:
         if self._lock is None:
             return
-        (self.folder / "lock").unlink(missing_ok=True)
+        os.ftruncate(self._lock, 0)  # removing it would let two others lock two files of one name
         os.close(self._lock)
         self._lock = None
         Run._held.discard(self.folder / "lock")
@@ -282,41 +281,10 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "commit": _commit(), "hardware": hardware}
 
 
-class StopRequest:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a request that the loop answers between two steps.
-
-    A second signal ends the process at once with 128 + its number. Without `catch()` nothing is ever requested.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name = ""
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal came."""
-        return bool(self.signal_name)
-
-    @contextmanager
-    def catch(self) -> Iterator[Self]:
-        """Handle the signals while the block runs; the handlers before are put back."""
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._receive) for number in signals}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            os._exit(128 + number)
-        self.signal_name = signal.Signals(number).name
-
-
 def _outcome(error: BaseException | None) -> tuple[State, int]:
     if error is None:
         return "done", 0
-    if isinstance(error, Preempted):
+    if isinstance(error, PreemptedError):
         return "preempted", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "failed", 130
@@ -404,15 +372,15 @@ def _commit() -> str | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "") if head.returncode == 0 else None
 
 
 def _now() -> str:

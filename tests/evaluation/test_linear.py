@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from fdkit.errors import DataError, NumericsError
+from fdkit.evaluation import linear
 from fdkit.evaluation.features import Features
 from fdkit.evaluation.linear import Candidate, LinearConfig, choose, evaluate, fit, validation_split
 
@@ -114,6 +115,16 @@ def test_test_labels_cannot_influence_the_choice(refit):
     for metrics in (honest, blind):
         metrics.pop("top1"), metrics.pop("top5")
     assert blind == honest
+
+
+def test_a_refit_that_diverges_is_an_error_and_not_an_accuracy(monkeypatch):
+    def diverges_on_all(values, labels, num_classes, *, candidates, config):
+        probe = fit(values, labels, num_classes, candidates=candidates, config=config)
+        return probe._replace(weight=probe.weight * float("nan")) if len(labels) == 120 else probe
+
+    monkeypatch.setattr(linear, "fit", diverges_on_all)
+    with pytest.raises(NumericsError, match="diverged on all of train"):
+        choose(blobs(120), LinearConfig(epochs=1))
 
 
 def test_refit_uses_every_training_image_and_no_refit_keeps_the_compared_head():

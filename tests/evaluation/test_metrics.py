@@ -13,6 +13,11 @@ def test_of_equal_scores_the_lower_class_comes_first():
     assert rank_of_label(scores, torch.tensor([0, 1, 2, 3])).tolist() == [3, 0, 1, 2]
 
 
+def test_a_score_that_is_not_a_number_is_no_hit():
+    scores = torch.tensor([[float("nan")] * 3, [0.0, float("nan"), 1.0]])
+    assert rank_of_label(scores, torch.tensor([0, 1])).tolist() == [3, 3]
+
+
 def test_rank_is_the_place_in_a_full_sort():
     scores, labels = torch.randn(50, 7), torch.randint(7, (50,))
     place = (scores.argsort(dim=1, descending=True) == labels[:, None]).int().argmax(dim=1)

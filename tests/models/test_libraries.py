@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.models.backbone import IMAGENET_MEAN, Backbone, Preprocessing
@@ -53,15 +53,26 @@ def test_tokens_of_every_family_have_the_stated_shape(family: str) -> None:
     assert backbone.patch_size == backbone.image_size // grid[0]
 
 
-@pytest.mark.parametrize("family", ["vit", "beit", "registers", "eva", "siglip", "swin", "swinv2", "convnext"])
-def test_tokens_went_through_the_models_own_norm(family: str) -> None:
-    """A LayerNorm with weight 0 and bias 1..C makes every token 1..C, whatever the network keeps it as."""
+@pytest.mark.parametrize(
+    ("family", "norm"),
+    [
+        ("vit", "norm"),
+        ("beit", "fc_norm"),
+        ("registers", "norm"),
+        ("eva", "fc_norm"),
+        ("siglip", "norm"),
+        ("swin", "norm"),
+        ("swinv2", "norm"),
+        ("convnext", "head.norm"),
+    ],
+)
+def test_tokens_went_through_the_models_own_norm(family: str, norm: str) -> None:
+    """A norm with weight 0 and bias 1..C makes every token 1..C, wherever the network keeps it."""
     backbone = _build(family)
     channels = torch.arange(1.0, backbone.embed_dim + 1)
-    final = [m for m in backbone.network.modules() if isinstance(m, nn.LayerNorm) and m.bias is not None][-1]
     with torch.no_grad():
-        final.weight.zero_()
-        final.bias.copy_(channels)
+        backbone.network.get_submodule(norm).weight.zero_()  # type: ignore[operator, union-attr]
+        backbone.network.get_submodule(norm).bias.copy_(channels)  # type: ignore[operator, union-attr]
         tokens = backbone(torch.rand(1, 3, backbone.image_size, backbone.image_size)).all()
     torch.testing.assert_close(tokens, channels.expand_as(tokens))
 
@@ -108,6 +119,8 @@ def test_unknown_names_and_arguments_are_refused() -> None:
         build_timm("vit_base_patch16_224.mea", {})
     with pytest.raises(ConfigError, match="resnet18 refuses"):
         build_timm("resnet18", {"mlp_ratio": 4})
+    with pytest.raises(ConfigError, match=r"image size \(48, 64\) is not one number"):
+        build_timm("vit_tiny_patch16_224", {"img_size": (48, 64)})
     with pytest.raises(ConfigError, match="did you mean ViT-B-32"):
         build_open_clip("ViT-B-3")
     with pytest.raises(ConfigError, match="no weights opena"):
@@ -115,7 +128,9 @@ def test_unknown_names_and_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="no token map"):
         build_open_clip("coca_ViT-B-32")
     with pytest.raises(ConfigError, match="comes from timm or open_clip"):
-        build_backbone({"library": "torchvision", "preprocessing": {"mean": [0], "std": [1], "image_size": 8}})
+        build_backbone(
+            {"library": "torchvision", "preprocessing": {"mean": [0], "std": [1], "image_size": 8}}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +205,9 @@ def test_loading_names_what_does_not_fit(tmp_path: Path) -> None:
     state["cls_token"] = torch.zeros(1, 1, 9)
     del state["norm.bias"]
     safetensors.torch.save_file(state, path)
-    with pytest.raises(WeightsError, match=r"missing 1: norm\.bias; unexpected 1: extra; wrong shape 1: cls_token"):
+    with pytest.raises(
+        WeightsError, match=r"missing 1: norm\.bias; unexpected 1: extra; wrong shape 1: cls_token"
+    ):
         load_backbone(tmp_path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(WeightsError, match="cannot read the weights"):

@@ -1,0 +1,252 @@
+"""Training crops a second that one core makes, against torchvision's ImageFolder.
+
+Both make batches of one randomly resized, flipped 224-pixel crop from the same JPEG files, in one process with one
+thread, taking turns: ImageFolder decodes and resizes with Pillow and normalises floats; fdkit's loader sends uint8.
+The other rows time the ways to make a crop that were weighed for fdkit, with the boxes of one draw.
+
+    python benchmarks/data_path.py --output benchmarks/results/data_path.json
+"""
+
+import argparse
+import io
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import resized_crop
+
+from fdkit.data.decode import decode
+from fdkit.data.loader import LoaderConfig, training_batches
+from fdkit.data.sources import FolderSource
+from fdkit.data.views import CropConfig, RandomCrop, draw_box
+
+SIZE = 224
+BATCH = 32
+GOAL = 1.75
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, help="folder of JPEG files; by default 500 x 375 photos are made"
+    )
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if arguments.data:
+            link_photos(arguments.data, root / "images", arguments.images)
+        else:
+            make_photos(root / "images", arguments.images)
+        report = measure(root, arguments.repeats)
+    report["data"] |= {
+        "made": arguments.data is None,
+        "name": arguments.data.name if arguments.data else "synthetic",
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+def make_photos(folder: Path, count: int) -> None:
+    """Random regions of scikit-learn's two photos with grain, 500 x 375, quality 90: about 90 kB, as in ImageNet."""
+    from sklearn.datasets import load_sample_images
+
+    folder.mkdir(parents=True)
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]  # 427 x 640
+    random = np.random.default_rng(0)
+    for index in range(count):
+        photo = photos[index % 2]
+        height = photo.height * random.uniform(0.6, 0.98)
+        width = height * 500 / 375
+        left, top = random.uniform(0, photo.width - width), random.uniform(0, photo.height - height)
+        region = photo.resize(
+            (500, 375), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
+        )
+        grain = random.normal(0, 9, (375, 500, 1))
+        pixels = (np.asarray(region) + grain).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:04d}.jpg", quality=90)
+
+
+def link_photos(data: Path, folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    source = FolderSource(data)
+    for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
+        path = Path(source.describe(int(index))).resolve()
+        (folder / f"{index:08d}{path.suffix}").symlink_to(path)
+
+
+def measure(root: Path, repeats: int) -> dict:
+    source = FolderSource(root)
+    paths = [source.describe(index) for index in range(len(source))]
+    boxes = [
+        draw_box(*decode(path).size, np.random.default_rng(i), min_scale=0.08) for i, path in enumerate(paths)
+    ]
+    candidates: dict[str, Callable[[], None]] = {
+        "ImageFolder": image_folder_epoch(root),
+        "fdkit": fdkit_epoch(source),
+        "decoding only, Pillow": lambda: [decode(path) for path in paths] and None,
+        "crop: Pillow decode, torch resize": lambda: each(pillow_torch, paths, boxes),
+        "crop: Pillow decode, Pillow resize": lambda: each(pillow_only, paths, boxes),
+        "crop: Pillow YCbCr decode and resize, RGB last": lambda: each(pillow_ycbcr, paths, boxes),
+    }
+    if find_spec("torchcodec"):
+        candidates["crop: TorchCodec decode, torch resize"] = lambda: each(torchcodec_torch, paths, boxes)
+    cpu, wall = take_turns(candidates, repeats)
+    ratios = [peer / own for peer, own in zip(cpu["ImageFolder"], cpu["fdkit"], strict=True)]
+    ratio = statistics.median(ratios)
+    sizes = [Path(path).stat().st_size for path in paths]
+    return {
+        "question": __doc__.splitlines()[0],
+        "ratio_images_per_cpu_second": round(ratio, 3),
+        "ratio_lowest_highest": [round(min(ratios), 3), round(max(ratios), 3)],
+        "ratio_images_per_second": round(median_ratio(wall["ImageFolder"], wall["fdkit"]), 3),
+        "goal": GOAL,
+        "reached": ratio >= GOAL,
+        "images_per_cpu_second": {
+            name: round(len(paths) / statistics.median(times)) for name, times in cpu.items()
+        },
+        "cpu_seconds": {name: [round(value, 4) for value in times] for name, times in cpu.items()},
+        "mean_difference_of_255_to_pillow": round(fidelity(paths, boxes), 4),
+        "data": {"images": len(paths), "mean_bytes": round(statistics.mean(sizes))},
+        "repeats": repeats,
+        "batch_size": BATCH,
+        "threads": 1,
+        "environment": environment(),
+    }
+
+
+def image_folder_epoch(root: Path) -> Callable[[], None]:
+    steps = [
+        transforms.RandomResizedCrop(SIZE),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    loader = DataLoader(ImageFolder(root, transforms.Compose(steps)), batch_size=BATCH, drop_last=True)
+    return lambda: [None for _ in loader] and None
+
+
+def fdkit_epoch(source: FolderSource) -> Callable[[], None]:
+    views = RandomCrop(CropConfig(image_size=SIZE))
+    steps = len(source) // BATCH
+
+    def epoch() -> None:
+        batches = training_batches(
+            source, views, LoaderConfig(workers=0), batch_size=BATCH, seed=0, start_step=0, num_steps=steps
+        )
+        for _ in batches:
+            pass
+
+    return epoch
+
+
+def take_turns(candidates: dict[str, Callable[[], None]], repeats: int) -> tuple[dict, dict]:
+    """CPU and wall seconds of each candidate's passes; all take one untimed pass, then one in every round."""
+    cpu: dict[str, list[float]] = {name: [] for name in candidates}
+    wall: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(-1, repeats):
+        for name, run in candidates.items():
+            start, start_cpu = time.perf_counter(), time.process_time()
+            run()
+            if repeat >= 0:
+                cpu[name].append(time.process_time() - start_cpu)
+                wall[name].append(time.perf_counter() - start)
+    return cpu, wall
+
+
+def median_ratio(peer: list[float], own: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(peer, own, strict=True))
+
+
+def each(crop: Callable, paths: list[str], boxes: list) -> None:
+    for path, box in zip(paths, boxes, strict=True):
+        crop(path, box)
+
+
+def pillow_torch(path: str, box: tuple) -> torch.Tensor:
+    pixels = torch.from_numpy(np.array(decode(path).crop(box))).permute(2, 0, 1)
+    return F.interpolate(pixels[None], (SIZE, SIZE), mode="bilinear", antialias=True)[0]
+
+
+def pillow_only(path: str, box: tuple) -> torch.Tensor:
+    image = decode(path).resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def pillow_ycbcr(path: str, box: tuple) -> torch.Tensor:
+    with Image.open(io.BytesIO(Path(path).read_bytes()), formats=("JPEG",)) as image:
+        image.draft("YCbCr", image.size)
+        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def torchcodec_torch(path: str, box: tuple) -> torch.Tensor:
+    from torchcodec.decoders import decode_jpeg
+
+    left, top, right, bottom = box
+    pixels = decode_jpeg(path)[None, :, top:bottom, left:right]
+    return F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)[0]
+
+
+def fidelity(paths: list[str], boxes: list) -> float:
+    """Mean absolute difference, of 255, between fdkit's crops and Pillow's of the same boxes."""
+    views = RandomCrop(CropConfig(image_size=SIZE, flip=False))
+    differences = []
+    for index, (path, (left, top, right, bottom)) in enumerate(zip(paths, boxes, strict=True)):
+        own = views(decode(path), np.random.default_rng(index)).crops[0].permute(1, 2, 0).numpy().astype(int)
+        peer = resized_crop(decode(path), top, left, bottom - top, right - left, [SIZE, SIZE])
+        differences.append(np.abs(own - np.asarray(peer)).mean())
+    return float(np.mean(differences))
+
+
+def environment() -> dict:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
+    packages = ["torch", "torchvision", "pillow", "numpy", "fdkit"] + ["torchcodec"] * bool(
+        find_spec("torchcodec")
+    )
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = version(package)
+        except ModuleNotFoundError:
+            installed[package] = "source tree"
+    return {"cpu": model, "platform": platform.platform(), "python": platform.python_version()} | {
+        "versions": installed,
+        "commit": git("rev-parse", "HEAD"),
+        "modified_files": bool(git("status", "--porcelain", "--", "fdkit", "benchmarks")),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(
+        ["git", *arguments], cwd=here, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

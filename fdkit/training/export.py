@@ -1,0 +1,64 @@
+"""What a finished run hands on: the student, and a card that says where it comes from."""
+
+from typing import Any
+
+from fdkit.methods._method import Method
+from fdkit.models.libraries import save_backbone
+from fdkit.training.checkpoint import write_whole
+from fdkit.training.run import Run
+
+
+def export_student(method: Method, run: Run) -> None:
+    """Write student.safetensors, student.json and MODEL_CARD.md into the run folder."""
+    if run.writes:
+        save_backbone(method.student, run.folder)
+        write_whole(run.folder / "MODEL_CARD.md", model_card(method, run))
+
+
+def model_card(method: Method, run: Run) -> str:
+    """The card in Markdown: what the student is, its teacher and licence, images, recipe and last metrics."""
+    facts, student = run.facts, method.student
+    architecture = student.recipe.get("architecture", type(student.network).__name__)
+    num_parameters = sum(parameter.numel() for parameter in student.network.parameters())
+    teacher: dict[str, Any] = facts.get("teacher") or {}
+    data: dict[str, Any] = facts.get("data") or {}
+    last: dict[str, Any] = next((line for line in reversed(run.metrics()) if "loss" in line), {})
+    sections = [
+        f"# {architecture} trained with {type(method).__name__}",
+        _table(
+            {
+                "Architecture": f"{architecture} ({num_parameters / 1e6:.1f} M parameters)",
+                "Input": f"{student.image_size} x {student.image_size} RGB, mean {student.preprocessing.mean}, "
+                f"std {student.preprocessing.std}",
+                "Tokens": f"{student.num_prefix_tokens} prefix, then patches every {student.patch_size} pixels; "
+                f"width {student.embed_dim}",
+                "Images": f"{data.get('name', 'unknown')} (fingerprint {data.get('fingerprint', '')[:12]})",
+                "Steps": last.get("step"),
+                "fdkit": f"{facts.get('versions', {}).get('fdkit', '')} {facts.get('commit') or ''}".strip(),
+            }
+        ),
+    ]
+    if teacher:
+        licence = teacher.get("license") or "not stated"
+        note = f"The student learned from this teacher's features: the teacher's licence ({licence}) may bind its use."
+        sections += ["## Teacher", _table(teacher), note]
+    if last:
+        sections += ["## Last logged metrics", _table(last)]
+    sections += [
+        "## Use",
+        '```python\nimport fdkit\n\nmodel = fdkit.load_teacher("PATH/TO/THIS/FOLDER")\n```',
+        "`student.safetensors` holds the weights under the model library's own names, `student.json` what builds it.",
+        "## Recipe",
+        f"```yaml\n{run.config_yaml.strip()}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items() if value not in (None, "")]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,431 @@
+"""The one training loop: it runs any method and knows nothing about it.
+
+A step: batch to the device, forward and backward over its parts, clip, agree with the other processes, update. State
+is the method, the optimiser, the step and the random generators; batches are a function of the step. So a run that is
+killed and resumed ends in the same bits (on one kind of hardware with deterministic kernels, such as a CPU).
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from inspect import signature
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from fdkit.data.loader import Batch, LoaderConfig, training_batches
+from fdkit.data.sources import ImageSource
+from fdkit.errors import ConfigError, NumericsError, PreemptedError, ResourceError, WeightsError
+from fdkit.methods._method import Method
+from fdkit.training.checkpoint import Checkpoint, load_checkpoint, newest_sound, save_checkpoint
+from fdkit.training.distributed import World, broadcast, current_world, gather, process_group, wait_for_all
+from fdkit.training.export import export_student
+from fdkit.training.generators import (
+    get_generators,
+    seed_generators,
+    set_generators,
+    undisturbed_generators,
+)
+from fdkit.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    trained_parameters,
+)
+from fdkit.training.plan import Plan, TrainConfig, describe_plan, make_plan
+from fdkit.training.progress import Clock, Progress
+from fdkit.training.run import Run
+from fdkit.training.stop import StopRequest
+from fdkit.training.votes import Verdict, Votes, Window
+
+__all__ = ["Monitor", "TrainConfig", "train"]
+
+log = logging.getLogger("fdkit")
+
+
+class Monitor(Protocol):
+    """Something measured now and then during training, such as online kNN accuracy; rank 0 calls it."""
+
+    every_steps: int
+
+    def __call__(self, method: Method, step: int) -> dict[str, float]:
+        """Named numbers for metrics.jsonl; may switch modules to eval and draw from torch's generators."""
+        ...
+
+
+def train(
+    method: Method,
+    source: ImageSource,
+    run: Run,
+    *,
+    train: TrainConfig,
+    optim: OptimizerConfig,
+    loader: LoaderConfig,
+    seed: int,
+    device: torch.device,
+    monitors: Sequence[Monitor] = (),
+    handle_signals: bool = False,
+) -> None:
+    """Train the method to its last step, from the run's newest checkpoint if it has one, and export the student.
+
+    handle_signals: save and raise PreemptedError at SIGINT, SIGTERM and SIGUSR1; only in a process's main thread.
+    The global random state is left as it was.
+    Raises NumericsError before an update that is not finite would be made, and PreemptedError after a saved stop.
+    """
+    plan = make_plan(source, train=train, optim=optim, world=current_world(), device=device)
+    run.check_data(source.fingerprint, name=source.name)
+    stop = StopRequest()
+    with ExitStack() as stack:
+        if handle_signals:
+            stack.enter_context(stop.catch())
+        world = stack.enter_context(process_group(device))
+        stack.enter_context(explained_failures(train, plan, device))
+        stack.enter_context(undisturbed_generators(device))
+        run.update(state="running", seed=seed, device=str(device), derived=describe_plan(plan))
+        trainer = Trainer(
+            method, source, run, plan=plan, train=train, optim=optim, seed=seed, world=world, device=device
+        )
+        trainer.restore()
+        trainer.run_steps(loader, monitors, stop)
+        export_student(method, run)
+
+
+class Trainer:
+    """A method in training: the state that steps change, and how."""
+
+    def __init__(
+        self,
+        method: Method,
+        source: ImageSource,
+        run: Run,
+        *,
+        plan: Plan,
+        train: TrainConfig,
+        optim: OptimizerConfig,
+        seed: int,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        self.method = method.to(device).train()
+        self.source = source
+        self.run = run
+        self.plan = plan
+        self.config = train
+        self.clip_grad = optim.clip_grad
+        self.seed = seed
+        self.world = world
+        self.device = device
+        self.step = 0
+        self.window = Window()
+        self.stop = StopRequest()
+        self.clock = Clock(plan.batch_size)
+        if train.activation_checkpointing:
+            checkpoint_activations(method)
+        if train.accumulate > 1 and any(isinstance(part, _BatchNorm) for part in method.modules()):
+            log.warning(
+                "train.accumulate %d: batch statistics are those of parts of %d images",
+                train.accumulate,
+                plan.micro_batch_size * world.size,
+            )
+        self.optimizer = build_optimizer(method, optim)
+        self.parameters = trained_parameters(self.optimizer)
+        refuses_bad = device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW)
+        self.votes = Votes(world, device, lag=1 if refuses_bad else 0)
+        self.module = self._parallel(method)
+        self._last_save = time.monotonic()
+
+    def _parallel(self, method: Method) -> nn.Module:
+        """The method as every process calls it: compiled and synchronised as asked for."""
+        if self.config.compile:
+            method.compile()
+        if self.world.size == 1:
+            return method
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        # Every process computes the same buffers; newer torch names the option that says so differently.
+        names = signature(DistributedDataParallel).parameters
+        quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return DistributedDataParallel(
+            method, device_ids=devices, gradient_as_bucket_view=True, **{quiet: False}
+        )
+
+    def update(self, batch: Batch) -> list[Verdict]:
+        """One optimiser update; what is known by now about this step and those before."""
+        progress = self.step / self.plan.num_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.schedule(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = self.backward(self.views(batch), progress)
+        metrics["grad_norm"] = self.clip()
+        bad = ~(metrics["loss"] + metrics["grad_norm"]).isfinite()
+        bad = self.votes.cast(
+            self.step, batch.indices, bad, stop=self.stop.requested, save=self.save_is_due()
+        )
+        verdicts = self.votes.read()
+        for verdict in verdicts:
+            if verdict.is_bad:
+                raise self.not_finite(verdict, metrics)
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW makes no update where this is 1
+        self.optimizer.step()
+        self.method.after_step(progress)
+        self.window.add(metrics)
+        self.step += 1
+        return verdicts
+
+    def views(self, batch: Batch) -> list[Tensor]:
+        """The batch's views on the device, (b, 3, H, W) in [0, 1] each."""
+        crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
+        colour = [drawn.to(self.device, non_blocking=True) for drawn in batch.colour]
+        return self.method.views.finish(crops, colour)
+
+    def backward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
+        """Add the gradient of the mean loss over the parts of the batch; means of the method's scalars."""
+        num_parts = self.config.accumulate
+        means: dict[str, Tensor] = {}
+        for part, micro in enumerate(zip(*(view.chunk(num_parts) for view in views), strict=True)):
+            more = part + 1 < num_parts
+            alone = (
+                self.module.no_sync
+                if more and isinstance(self.module, DistributedDataParallel)
+                else nullcontext
+            )
+            with alone():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
+                    scalars = self.module(list(micro), progress)
+                (scalars["loss"] / num_parts).backward()
+            for name, value in scalars.items():
+                value = value.detach().float() / num_parts
+                means[name] = means[name] + value if name in means else value
+        return means
+
+    def clip(self) -> Tensor:
+        """Scale the gradient down to the largest norm allowed; its norm before."""
+        if self.clip_grad is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def run_steps(self, loader: LoaderConfig, monitors: Sequence[Monitor], stop: StopRequest) -> None:
+        """All steps that are left, with what is logged, measured and saved between them."""
+        self.stop = stop
+        self.clock = Clock(self.plan.batch_size)  # again, so that building is not counted
+        progress = Progress(self.plan.num_steps, self.step, visible=self.world.is_main)
+        try:
+            for batch in self.timed(self.batches(loader)):
+                verdicts = self.update(batch)
+                self.clock.finished_step()
+                self.between_steps(verdicts, monitors, progress)
+        finally:
+            progress.close()
+        assert self.step == self.plan.num_steps, f"{self.step} of {self.plan.num_steps} steps done"
+
+    def between_steps(self, verdicts: list[Verdict], monitors: Sequence[Monitor], progress: Progress) -> None:
+        """Log, measure, save and stop, as due after the step just done."""
+        is_last = self.step == self.plan.num_steps
+        if is_last or self.step % self.config.log_every_steps == 0:
+            self.log(progress)
+        for monitor in monitors:
+            if is_last or self.step % monitor.every_steps == 0:
+                self.measure(monitor)
+        stops = any(verdict.stop for verdict in verdicts)
+        every = self.config.save_every_steps
+        if (
+            is_last
+            or stops
+            or any(verdict.save for verdict in verdicts)
+            or (every and self.step % every == 0)
+        ):
+            self.save()
+        if stops and not is_last:
+            self.preempt()
+
+    def batches(self, loader: LoaderConfig) -> Iterator[Batch]:
+        """The share of this process in every batch that is left."""
+        return training_batches(
+            self.source,
+            self.method.views,
+            loader,
+            batch_size=self.plan.batch_size,
+            seed=self.seed,
+            start_step=self.step,
+            num_steps=self.plan.num_steps,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time spent waiting for them counted; training's generators are not drawn from."""
+        while self.step < self.plan.num_steps:
+            start = time.perf_counter()
+            with undisturbed_generators(self.device):
+                batch = next(batches)
+            self.clock.waited(time.perf_counter() - start)
+            yield batch
+
+    def preempt(self) -> NoReturn:
+        """Say that training stops here, saved."""
+        names = sorted({name for name in gather(self.stop.signal_name, self.world) if name})
+        raise PreemptedError(
+            f"stopped by {' and '.join(names)} at step {self.step} of {self.plan.num_steps}; state saved",
+            "run the same command with --resume to continue",
+        )
+
+    def log(self, progress: Progress) -> None:
+        """Write the means since the last line to metrics.jsonl and show them; the one place that reads the device."""
+        values: dict[str, Any] = {"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}
+        values |= self.window.read(self.world)
+        values["lr"] = self.plan.schedule(self.step - 1)
+        values |= self.clock.read()
+        self.run.log_metrics(values)
+        self.run.heartbeat(self.step)
+        if self.world.is_main:
+            eta = self.clock.eta_seconds(self.plan.num_steps - self.step)
+            progress.show(self.step, values, eta_seconds=eta)
+
+    def measure(self, monitor: Monitor) -> None:
+        """Log what a monitor finds; training goes on as if it had not been called."""
+        if not self.world.is_main:
+            return
+        start = time.perf_counter()
+        with undisturbed_generators(self.device):
+            found = monitor(self.method, self.step)
+        self.method.train()
+        self.run.log_metrics(
+            {"step": self.step} | {f"monitor/{name}": value for name, value in found.items()}
+        )
+        log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        self.clock.exclude(time.perf_counter() - start)
+
+    def save_is_due(self) -> bool:
+        """Whether this process's clock asks for a checkpoint; rank 0's counts."""
+        elapsed = time.monotonic() - self._last_save
+        return self.world.is_main and elapsed >= 60 * self.config.save_every_minutes
+
+    def save(self) -> None:
+        """Write a checkpoint, once every vote is read and found good; all processes go on together."""
+        for verdict in self.votes.read(lag=0):
+            if verdict.is_bad:
+                raise self.not_finite(verdict, {})
+        start = time.perf_counter()
+        windows = gather(self.window.numbers(), self.world)
+        generators = gather(get_generators(self.device), self.world)
+        if self.world.is_main:
+            self.run.sync_metrics()
+            tensors = {
+                "model": self.method.state_dict(),
+                "optimizer": optimizer_tensors(self.optimizer),
+                "generators": {
+                    f"rank{rank}.{name}": value
+                    for rank, states in enumerate(generators)
+                    for name, value in states.items()
+                },
+            }
+            state = {
+                "step": self.step,
+                "seed": self.seed,
+                "data": self.source.fingerprint,
+                "windows": windows,
+            }
+            save_checkpoint(
+                self.run.checkpoints, self.step, Checkpoint(tensors, state), keep=self.config.keep_checkpoints
+            )
+        wait_for_all(self.world)
+        self.clock.exclude(time.perf_counter() - start)
+        self._last_save = time.monotonic()
+
+    def restore(self) -> None:
+        """Continue from the run's newest sound checkpoint, or seed a new start."""
+        newest = newest_sound(self.run.checkpoints) if self.world.is_main and self.run.resumed else None
+        path = broadcast(newest, self.world)
+        seed_generators(self.seed, self.world.rank)
+        if path is not None:
+            self._load(load_checkpoint(path), origin=str(path))
+            log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, path.name)
+        self.run.forget_metrics_after(self.step)
+
+    def _load(self, checkpoint: Checkpoint, *, origin: str) -> None:
+        tensors, state = checkpoint
+        if (state["seed"], state["data"]) != (self.seed, self.source.fingerprint):
+            raise ConfigError(f"{origin}: written with another seed or other images than this run's")
+        try:
+            self.method.load_state_dict(tensors["model"])
+        except RuntimeError as error:
+            raise WeightsError(f"{origin}: does not fit this method: {error}") from error
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        self.step = state["step"]
+        if len(state["windows"]) != self.world.size:
+            counts = (len(state["windows"]), self.world.size)
+            log.info("saved by %d processes, resumed by %d: the same images, not the same bits", *counts)
+            return
+        self.window.load(state["windows"][self.world.rank], self.device)
+        prefix = f"rank{self.world.rank}."
+        saved = tensors["generators"].items()
+        set_generators(
+            {name.removeprefix(prefix): t for name, t in saved if name.startswith(prefix)}, self.device
+        )
+
+    def not_finite(self, verdict: Verdict, metrics: dict[str, Tensor]) -> NumericsError:
+        """What to raise for a bad step, after writing what is needed to look into it; all processes call this."""
+        indices = gather(verdict.indices.tolist(), self.world)
+        facts = {
+            "step": verdict.step,
+            "seed": self.seed,
+            "lr": self.plan.schedule(verdict.step),
+            "last_metrics_of_rank_0": {name: value.item() for name, value in metrics.items()},
+            "batch": {
+                f"rank {rank}": [self.source.describe(i) for i in rows] for rank, rows in enumerate(indices)
+            },
+            "indices": indices,
+        }
+        path = self.run.save_error("not-finite.json", json.dumps(facts, indent=2) + "\n")
+        return NumericsError(
+            f"loss or gradient is not finite at step {verdict.step} of {self.plan.num_steps} "
+            f"(lr {self.plan.schedule(verdict.step):.2g}, {self.plan.precision}); the update was not made",
+            f"the batch is listed in {path}; a lower --optim.lr, a longer --optim.warmup-epochs or "
+            "--train.precision fp32 may help; --resume continues from the last checkpoint",
+        )
+
+
+def checkpoint_activations(method: Method) -> None:
+    """Have the student compute its activations twice. Raises ConfigError if its network cannot."""
+    network = method.student.network
+    refusal = ConfigError(
+        f"train.activation_checkpointing: {type(network).__name__} does not offer it",
+        "leave it off and raise --train.accumulate instead",
+    )
+    enable: Any = getattr(network, "set_grad_checkpointing", None)
+    if enable is None:
+        raise refusal
+    try:
+        enable(True)
+    except AssertionError as error:
+        raise refusal from error
+
+
+@contextmanager
+def explained_failures(train: TrainConfig, plan: Plan, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory, and what torch.compile cannot do, into errors with a remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        peak = f"; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        halves = plan.micro_batch_size % 2 == 0
+        options = [f"--train.accumulate {2 * train.accumulate}"] if halves else []
+        options += ["--train.activation-checkpointing"] * (not train.activation_checkpointing)
+        options += [f"or --train.batch-size {train.batch_size // 2} (another recipe)"] if halves else []
+        raise ResourceError(
+            f"{device}: out of memory with {plan.micro_batch_size} images at a time{peak}",
+            f"the batch stays {train.batch_size} with " + ", ".join(options),
+        ) from error
+    except Exception as error:
+        if not train.compile or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"train.compile: torch.compile failed: {first}", "train without it: --train.no-compile"
+        ) from error

@@ -1,0 +1,39 @@
+"""Signals that ask training to stop at the next step boundary."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+
+class StopRequest:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a request that the loop answers between two steps.
+
+    A second signal ends the process at once with 128 + its number. Without `catch()` nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return bool(self.signal_name)
+
+    @contextmanager
+    def catch(self) -> Iterator[Self]:
+        """Handle the signals while the block runs; the handlers before are put back."""
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._receive) for number in signals}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.signal_name = signal.Signals(number).name

@@ -1,0 +1,91 @@
+"""What processes agree on and measure at every step without holding up the device."""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdkit.training.distributed import World, reduce_max, reduce_mean
+
+
+class Verdict(NamedTuple):
+    """What all processes agree on about one step."""
+
+    step: int
+    indices: Tensor
+    """(b,) dataset indices of this process's share of the batch."""
+    is_bad: bool
+    """Some process's loss or gradient was not finite."""
+    stop: bool
+    save: bool
+
+
+class Votes:
+    """Three flags a step, maximised over the processes, and read without holding up the device.
+
+    lag: 0 reads a step's flags at once. 1 reads those of the step before, which the device has long computed; the
+    optimiser must then itself refuse a bad update, as fused AdamW does by its `found_inf`.
+    """
+
+    def __init__(self, world: World, device: torch.device, *, lag: int) -> None:
+        self._world = world
+        self._device = device
+        self._lag = lag
+        self._cast: deque[tuple[int, Tensor, Tensor, torch.cuda.Event | None]] = deque()
+
+    def cast(self, step: int, indices: Tensor, bad: Tensor, *, stop: bool, save: bool) -> Tensor:
+        """Vote on a step; the agreed `bad` flag, a float scalar on the device."""
+        wishes = torch.tensor([stop, save], dtype=torch.float32).to(self._device, non_blocking=True)
+        flags = reduce_max(torch.cat([bad.float().reshape(1), wishes]), self._world)
+        event = None
+        if self._device.type == "cuda":
+            copy = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            copy = flags
+        self._cast.append((step, indices, copy, event))
+        return flags[0]
+
+    def read(self, lag: int | None = None) -> list[Verdict]:
+        """The verdicts that are due, oldest first; lag=0 waits for all of them."""
+        verdicts = []
+        while len(self._cast) > (self._lag if lag is None else lag):
+            step, indices, flags, event = self._cast.popleft()
+            if event is not None:
+                event.synchronize()
+            bad, stop, save = (bool(flag) for flag in flags.tolist())
+            verdicts.append(Verdict(step, indices, bad, stop, save))
+        return verdicts
+
+
+class Window:
+    """Sums of the steps' scalars since the last logged line; they stay on the device until read."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Count one step's scalars."""
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def read(self, world: World) -> dict[str, float]:
+        """Means over the steps and processes, and begin anew."""
+        means = reduce_mean(torch.stack(list(self.sums.values())), world) / self.count
+        values = dict(zip(self.sums, means.tolist(), strict=True))
+        self.sums, self.count = {}, 0
+        return values
+
+    def numbers(self) -> dict[str, Any]:
+        """The window as plain JSON, exact."""
+        return {"count": self.count, "sums": {name: value.item() for name, value in self.sums.items()}}
+
+    def load(self, numbers: dict[str, Any], device: torch.device) -> None:
+        """Put back what `numbers` gave."""
+        self.count = numbers["count"]
+        self.sums = {name: torch.tensor(value, device=device) for name, value in numbers["sums"].items()}
