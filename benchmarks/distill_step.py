@@ -1,4 +1,4 @@
-"""What does one feature-distillation step cost, beside a plain reading of the paper?
+"""The cost of one feature-distillation step, against a plain reading of the paper.
 
 Both sides start from the same weights and see the same batch and the same random numbers; losses must agree before
 anything is timed. The sides take turns in one process, and medians are compared: CPU-seconds at one thread, or CUDA

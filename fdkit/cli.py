@@ -6,15 +6,15 @@ Nothing heavy is imported before a command is known, so that `fdkit --help` answ
 import json
 import logging
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple, get_args
+from pathlib import Path
+from typing import NamedTuple
 
 from fdkit import __version__
-from fdkit.config import Config, Values, find_recipe, read_yaml, recipe_names
+from fdkit.config import Config, Values, check_recipe, find_recipe, read_yaml, recipe_names, validate
 from fdkit.errors import ConfigError, FdkitError, PreemptedError, did_you_mean
 
 
@@ -119,31 +119,19 @@ def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:
 
 def _parse(kind: type[Config], arguments: list[str], name: str, choice: str) -> Config:
     """The configuration from recipe and flags; a flag wins over the recipe, the recipe over the default."""
-    import tyro
-    from pydantic import ValidationError
-
-    from fdkit.config import explain, validate
+    from fdkit.commands._flags import parse_flags
 
     recipe = _recipe_file(kind, arguments, name, choice)
     values: Values = {}
     if recipe is not None:
         values = read_yaml(recipe)
-        _check_partial(kind, values, str(recipe))
-        if "--help" not in arguments and "-h" not in arguments:
+        check_recipe(kind, values, str(recipe))
+        if not {"-h", "--help"} & set(arguments):
             logging.getLogger("fdkit").info("recipe %s", recipe)
-    try:
-        parsed = tyro.cli(
-            kind,
-            args=list(_tyro_arguments(kind, arguments)),
-            default=_defaults(kind, values, tyro.MISSING),
-            prog=f"fdkit {name} {choice}".strip(),
-        )
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(kind, error, "flags"))) from None
-    return validate(kind, parsed.model_dump(), "flags")
+    return validate(kind, parse_flags(kind, arguments, values, f"fdkit {name} {choice}".strip()), "flags")
 
 
-def _recipe_file(kind: type[Config], arguments: list[str], name: str, choice: str) -> Any:
+def _recipe_file(kind: type[Config], arguments: list[str], name: str, choice: str) -> Path | None:
     """The recipe asked for with --recipe, or the one named after the teacher or method, if there is one."""
     if "recipe" not in kind.model_fields:
         return None
@@ -161,82 +149,6 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
         if argument == flag and position + 1 < len(arguments):
             return arguments[position + 1]
     return None
-
-
-def _check_partial(kind: type[Config], values: Values, origin: str) -> None:
-    """Refuse a recipe's mistakes under the recipe's name; fields it leaves to the flags may be missing."""
-    from pydantic import ValidationError
-
-    from fdkit.config import explain
-
-    try:
-        kind.model_validate(values)
-    except ValidationError as error:
-        problems = explain(kind, error, origin, ignore_missing=True)
-        if problems:
-            raise ConfigError("\n".join(problems)) from None
-
-
-def _defaults(kind: type[Config], values: Values, missing: Any) -> Any:
-    """A configuration that shows the recipe's values in the help; what must be given is marked as missing."""
-    filled: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
-        nested = _nested(field.annotation)
-        if nested is not None and isinstance(values.get(name, {}), dict) and name in values:
-            filled[name] = _defaults(nested, values[name], missing)
-        elif name in values:
-            filled[name] = values[name]
-        elif field.is_required():
-            filled[name] = missing
-        else:
-            filled[name] = field.get_default(call_default_factory=True)
-    if missing in filled.values():
-        return kind.model_construct(**filled)
-    return kind.model_validate({key: _plain(value) for key, value in filled.items()})
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if isinstance(value, Config) else value
-
-
-def _nested(annotation: Any) -> type[Config] | None:
-    for option in (annotation, *get_args(annotation)):
-        if isinstance(option, type) and issubclass(option, Config):
-            return option
-    return None
-
-
-def _tyro_arguments(kind: type[Config], arguments: list[str]) -> Iterator[str]:
-    """The arguments with `--flag true|false` as tyro's flag pairs, and `10,20` as two numbers."""
-    switches = set(_switches(kind))
-    aliases: dict[str, str] = getattr(kind, "ALIASES", {})
-    skip = False
-    for position, argument in enumerate(arguments):
-        if skip:
-            skip = False
-            continue
-        following = arguments[position + 1].lower() if position + 1 < len(arguments) else ""
-        name, equals, value = argument.partition("=")
-        if name.replace("-", "_").lstrip("_") in switches and (value or following) in {"true", "false"}:
-            skip = not value
-            parent, _, leaf = name[2:].rpartition(".")
-            negated = f"--{parent}.no-{leaf}" if parent else f"--no-{leaf}"
-            yield name if (value or following) == "true" else negated
-        elif name in aliases:
-            yield f"{aliases[name]}{equals}{value}"
-        elif re.fullmatch(r"[-+.\deE]+(,[-+.\deE]+)+", argument):
-            yield from argument.split(",")
-        else:
-            yield argument
-
-
-def _switches(kind: type[Config], prefix: str = "") -> Iterator[str]:
-    for name, field in kind.model_fields.items():
-        nested = _nested(field.annotation)
-        if nested is not None:
-            yield from _switches(nested, f"{prefix}{name}.")
-        elif field.annotation is bool:
-            yield f"{prefix}{name}"
 
 
 def _overview() -> str:

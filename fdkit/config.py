@@ -154,6 +154,16 @@ def validate(kind: type[C], values: Values, origin: str) -> C:
         raise ConfigError("\n".join(explain(kind, error, origin))) from None
 
 
+def check_recipe(kind: type[Config], values: Values, origin: str) -> None:
+    """Raises ConfigError for what is wrong in a recipe itself; what it leaves to the flags may be missing."""
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        problems = explain(kind, error, origin, ignore_missing=True)
+        if problems:
+            raise ConfigError("\n".join(problems)) from None
+
+
 def explain(
     kind: type[Config], error: ValidationError, origin: str, ignore_missing: bool = False
 ) -> list[str]:

@@ -91,11 +91,16 @@ def panels(
     return figure, axes[:count]
 
 
-def wrapped(title: str, axes: "Axes") -> str:
+def columns_of(figure: "Figure") -> int:
+    """How many panels stand side by side."""
+    place = figure.axes[0].get_subplotspec()
+    assert place is not None, "the figure was not made by `panels`"
+    return int(place.get_gridspec().ncols)
+
+
+def wrapped(title: str, figure: "Figure") -> str:
     """A panel's title, broken into lines that fit above the panel."""
-    figure_width = axes.get_figure().get_size_inches()[0]
-    columns = axes.get_subplotspec().get_gridspec().ncols
-    return textwrap.fill(title, width=round(9.5 * figure_width / columns))
+    return textwrap.fill(title, width=round(9.5 * figure.get_figwidth() / columns_of(figure)))
 
 
 @in_style

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fdkit.analysis._analysis import Analysis
-from fdkit.analysis._figure import BLUE, GREY, NARROW, ORANGE, WIDE, in_style, panels, wrapped
+from fdkit.analysis._figure import BLUE, GREY, NARROW, ORANGE, WIDE, columns_of, in_style, panels, wrapped
 from fdkit.analysis.observe import (
     Observed,
     backbone_of,
@@ -145,12 +145,12 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     figure, axes = panels(len(models), width=width, share_y=True)
     for place, model in zip(axes, models, strict=True):
         _draw_model(place, model)
+        place.set_title(wrapped(model["name"], figure))
     highest = max(max(max(heads) for heads in model["distance"]) for model in models)
     uniform = max(model["uniform_distance"] for model in models)
     axes[0].set_ylim(0, 1.08 * max(highest, uniform))
-    for place in axes:
-        if place.get_subplotspec().is_first_col():
-            place.set_ylabel("attention distance (pixels)")
+    for place in axes[:: columns_of(figure)]:
+        place.set_ylabel("attention distance (pixels)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3 if width > NARROW else 2)
     return figure
@@ -158,15 +158,13 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
 
 def _draw_model(axes: "Axes", model: dict[str, Any]) -> None:
     layers = range(1, len(model["distance"]) + 1)
-    dots = [(layer, value) for layer, heads in zip(layers, model["distance"], strict=True) for value in heads]
+    depths = [layer for layer, heads in zip(layers, model["distance"], strict=True) for _ in heads]
+    values = [value for heads in model["distance"] for value in heads]
     axes.axhline(
         model["uniform_distance"], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="uniform attention"
     )
-    axes.scatter(
-        *zip(*dots, strict=True), s=20, color=BLUE, alpha=0.55, linewidths=0, zorder=2, label="a head"
-    )
+    axes.scatter(depths, values, s=20, color=BLUE, alpha=0.55, linewidths=0, zorder=2, label="a head")
     axes.plot(layers, model["mean"], color=ORANGE, linewidth=2, zorder=3, label="mean of heads")
-    axes.set_title(wrapped(model["name"], axes))
     axes.set_xlabel("layer")
     axes.set_xlim(0.4, len(layers) + 0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)

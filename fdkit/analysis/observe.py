@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fdkit.teachers.teacher import Teacher
 
 Visit: TypeAlias = Callable[[int, Tensor], None]
-"""Called with a layer's number, from 0, and its attention (B, H, N, N): rows are softmaxes, prefix tokens come first."""
+"""Called with a layer's number, from 0, and its attention (B, H, N, N): each row a softmax, prefix tokens first."""
 
 READABLE = "global self-attention is read: ViT, BEiT, EVA and DINOv3 of timm, and CLIP of timm or open_clip"
 
@@ -81,7 +81,7 @@ class _Reader:
         self.num_tokens = num_tokens
         self.num_layers = 0
 
-    def read(self, module: nn.Module, attention: Tensor) -> None:
+    def read(self, module: Any, attention: Tensor) -> None:
         expected = (self.batch_size, module.num_heads, self.num_tokens, self.num_tokens)
         if tuple(attention.shape) != expected:
             raise ConfigError(

@@ -44,8 +44,8 @@ class ModelOptions(Config):
     pretrained: bool = True
     """Whether weights are loaded; `--pretrained false` gives random ones, as a control."""
 
-    def load(self, name: str) -> Teacher:
-        """The model `name` with these options."""
+    def load(self, name: str, *, seed: int = 0) -> Teacher:
+        """The model `name` with these options; seed: of random weights."""
         return load_teacher(
             name,
             architecture=self.architecture,
@@ -53,6 +53,7 @@ class ModelOptions(Config):
             mean=self.mean,
             std=self.std,
             pretrained=self.pretrained,
+            seed=seed,
         )
 
 

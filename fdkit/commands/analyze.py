@@ -79,7 +79,7 @@ def run(config: Any) -> Outcome:
     refuse_existing(files.values(), overwrite=config.overwrite)
     device = local_device(config.device)
     source = open_source(config.data, config.split)
-    models = [config.load(name).to(device) for name in config.model]
+    models = [config.load(name, seed=config.seed).to(device) for name in config.model]
     observed = [
         Observed(name, model, _images(model, source, config))
         for name, model in zip(_labels(config.model), models, strict=True)

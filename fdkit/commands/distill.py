@@ -45,7 +45,7 @@ def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
     folder = config.output or default_output("distill", config.teacher)
 
     def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
-        teacher = config.load(config.teacher)
+        teacher = config.load(config.teacher, seed=config.seed)
         student = build_student(
             config.student, teacher.backbone, image_size=config.views.image_size, seed=config.seed
         )

@@ -69,7 +69,7 @@ def config_class(choice: str) -> type[Config]:
 def run(config: Any) -> Outcome:
     """Extract features of both splits once, and evaluate them."""
     device = local_device(config.device)
-    teacher = config.load(config.model)
+    teacher = config.load(config.model, seed=config.seed)
     features = [
         extract_features(
             teacher,

@@ -57,6 +57,8 @@ def decode(file: bytes | str | Path, name: str = "") -> Image.Image:
 
 def printable(text: str) -> str:
     """The text with control characters and undecodable bytes escaped, safe in logs and terminals."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

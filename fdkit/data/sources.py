@@ -125,11 +125,11 @@ class FolderSource:
 
     def read(self, index: int) -> Image.Image:
         """Image `index`: RGB, upright. Raises BadImage."""
-        return decode(os.path.join(self.root, self._names[index]), self.describe(index))
+        return decode(os.path.join(self.root, self._names[index]))
 
     def describe(self, index: int) -> str:
         """The path of image `index`, control characters escaped."""
-        return printable(os.path.join(self.name, self._names[index]))
+        return printable(os.path.join(self.root, self._names[index]))
 
 
 class ArraySource:

@@ -153,7 +153,7 @@ class CenterCrop:
             width, height = (short, short * height // width) if tall else (short * width // height, short)
             image = image.resize((width, height), self.interpolation)
         left, top = round((width - size) / 2), round((height - size) / 2)
-        return Sample([_to_tensor(image, (left, top, left + size, top + size))], [])
+        return Sample([_to_tensor(image, (left, top, left + size, top + size))[0]], [])
 
     def finish(self, crops: list[Tensor], colour: list[Tensor]) -> list[Tensor]:
         """(B, 3, H, W) float32 in [0, 1]."""
@@ -193,17 +193,21 @@ def _random_crop(image: Image.Image, config: CropConfig, random: np.random.Gener
     if crop.shape[-2:] != (config.image_size, config.image_size):
         # torch resizes uint8 with vector instructions, Pillow does not: twice as fast, within one level of its pixels.
         size = (config.image_size, config.image_size)
-        crop = F.interpolate(crop[None], size, mode=config.interpolation, antialias=True)[0]
+        crop = F.interpolate(crop, size, mode=config.interpolation, antialias=True)
+    crop = crop[0]
     return crop.flip(-1) if config.flip and random.random() < 0.5 else crop
 
 
 def _to_tensor(image: Image.Image, box: Box) -> Tensor:
-    """uint8 (3, H, W), the part of an RGB image inside the box; channels vary fastest in memory."""
+    """uint8 (1, 3, H, W), the part of an RGB image inside the box.
+
+    Channels vary fastest in memory, and the strides say so as torch expects of a batch: else it would transpose.
+    """
     if image.mode != "RGB":
         raise ValueError(f"views need RGB images, not mode {image.mode}")
     if box != (0, 0, *image.size):
         image = image.crop(box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
 
 
 def _to_float(crops: Tensor) -> Tensor:

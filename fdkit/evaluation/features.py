@@ -5,7 +5,7 @@ Everything the evaluators do afterwards is arithmetic on these vectors.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +135,7 @@ def evaluation_crop(want: Preprocessing) -> CenterCrop:
     if want.interpolation not in get_args(Interpolation):
         known = " and ".join(get_args(Interpolation))
         raise ConfigError(f"the model asks for {want.interpolation} interpolation; there are {known}")
-    interpolation = cast(Interpolation, want.interpolation)
-    return CenterCrop(want.image_size, crop_ratio=want.crop_ratio, interpolation=interpolation)
+    return CenterCrop(want.image_size, crop_ratio=want.crop_ratio, interpolation=want.interpolation)
 
 
 def resolve_pooling(backbone: Backbone, pooling: Pooling) -> Literal["cls", "patches"]:

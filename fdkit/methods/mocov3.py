@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fdkit.config import Config
-from fdkit.data.views import Views
+from fdkit.data.views import TwoViews, TwoViewsConfig, Views
 from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Preprocessing, pool
@@ -105,7 +105,7 @@ class MoCoV3(Method):
         is_learning = self.training and torch.is_grad_enabled()
         queries = [self.predictor(rows) for rows in self._project(self.student, self.projector, views)]
         with torch.no_grad():
-            if is_learning and self._is_momentum_due:
+            if is_learning:
                 self._move_momentum_encoder(progress)
             keys = self._project(self.momentum_student, self.momentum_projector, views)
             gathered = gather_rows(torch.stack(keys, dim=1))  # (N, 2, d)
@@ -129,11 +129,20 @@ class MoCoV3(Method):
         """Projected features of each view, (B, d) each; batch norms see one view at a time."""
         return [projector(pool(student(view), self.config.pooling)) for view in views]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its momentum is another number at every step
     def _move_momentum_encoder(self, progress: float) -> None:
+        """Follow the student, unless done since the last optimiser step."""
+        if not self._is_momentum_due:
+            return
         momentum = momentum_at(progress, self.config.momentum, self.config.momentum_schedule)
         follow(self.momentum_student, self.student, momentum)
         follow(self.momentum_projector, self.projector, momentum)
         self._is_momentum_due = False
+
+
+def build(config: MoCoV3Config, views: TwoViewsConfig, *, seed: int) -> MoCoV3:
+    """MoCo v3 on the two views of each image that BYOL uses."""
+    return MoCoV3(TwoViews(views), config, seed=seed)
 
 
 class Contrast(NamedTuple):
@@ -191,7 +200,7 @@ def build_student(config: MoCoV3Config, *, image_size: int) -> Backbone:
             f"mocov3.model_args.img_size is {args['img_size']}, but the views are {image_size} pixels wide",
             "set views.image_size alone",
         )
-    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, image_size)
+    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, image_size, interpolation="bilinear")
     student = build_timm(config.architecture, args, preprocessing=preprocessing)
     if is_vit:
         _prepare_vit(student.network, config)

@@ -58,15 +58,14 @@ class BatchNorm(_BatchNorm):
 def synchronise_batch_norm(module: Module) -> Module:
     """The same module with the batch norms inside it turned into synchronised ones, in place.
 
-    Raises ConfigError if several ranks train and a batch norm is of a kind of its own, such as one fused with its
-    activation.
+    Raises ConfigError if a batch norm is of a kind of its own, such as one fused with its activation.
     """
     for part in module.modules():
         if type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             part.__class__ = BatchNorm
-        elif isinstance(part, _BatchNorm) and type(part) is not BatchNorm and world_size() > 1:
+        elif isinstance(part, _BatchNorm) and type(part) is not BatchNorm:
             raise ConfigError(
-                f"{type(part).__name__} cannot be synchronised over {world_size()} ranks",
-                "train in one process, or choose a network with plain batch norms, such as resnet50",
+                f"{type(part).__name__} cannot be synchronised between processes",
+                "choose a network with plain batch norms, such as resnet50, or with none, such as a ViT",
             )
     return module

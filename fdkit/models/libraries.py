@@ -40,6 +40,8 @@ def build_timm(
     """
     import timm
 
+    from fdkit.models.fast_beit import accelerate
+
     args = {**({} if keep_head else {"num_classes": 0}), **model_args}
     cfg = _timm_config(name)
     image_size = _image_size(name, args, cfg)
@@ -49,6 +51,7 @@ def build_timm(
         network = timm.create_model(name, pretrained=False, **args)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"timm model {name} refuses {args}: {error}") from error
+    accelerate(network)
     args["num_classes"] = network.num_classes
     return Backbone(
         network,

@@ -47,18 +47,13 @@ def build_student(config: StudentConfig, teacher: Backbone, *, image_size: int, 
     Raises ConfigError if the teacher is neither a ViT nor a Swin and no name is given, if an option has no effect
     on the student asked for, or if sizes do not divide.
     """
-    from fdkit.models.fast_beit import accelerate
-
     preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.name is not None:
             _refuse_vit_options(config, f"student {config.name} has its own architecture")
-            student = _build_named(config.name, config.drop_path, preprocessing)
-        else:
-            student = _build_like(config, teacher, preprocessing)
-    accelerate(student.network)
-    return student
+            return _build_named(config.name, config.drop_path, preprocessing)
+        return _build_like(config, teacher, preprocessing)
 
 
 def init_vit(network: Any) -> None:

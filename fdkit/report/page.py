@@ -63,7 +63,7 @@ class Details(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading and what stands below it, in the order of the fields. In paragraphs, `code` stands between backticks."""
+    """A heading and what stands below it, in the order of the fields; backticks in a paragraph set code."""
 
     heading: str
     paragraphs: Sequence[str] = ()
@@ -149,7 +149,7 @@ def _cells(table: Table) -> list[list[_Cell]]:
 
 
 def _column_cells(column: Column, values: list[str | float | None]) -> list[_Cell]:
-    numbers = [value for value in values if _is_number(value)]
+    numbers = [value for value in values if isinstance(value, int | float)]
     best = {"max": max, "min": min}[column.best](numbers) if column.best and len(numbers) > 1 else None
     return [
         _Cell(_written(value, column.format), bool(numbers), best is not None and value == best)
@@ -160,11 +160,7 @@ def _column_cells(column: Column, values: list[str | float | None]) -> list[_Cel
 def _written(value: str | float | None, number_format: str) -> str:
     if value is None:
         return "–"
-    return format(value, number_format) if _is_number(value) else str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return value if isinstance(value, str) else format(value, number_format)
 
 
 def _data_uri(image: bytes) -> str:

@@ -1,6 +1,8 @@
 """How a teacher is named and loaded."""
 
 from fdkit.errors import ConfigError
+import torch
+
 from fdkit.teachers.model import Request, load_model, with_preprocessing
 from fdkit.teachers.teacher import Teacher
 
@@ -13,6 +15,7 @@ def load_teacher(
     architecture: str | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
+    seed: int = 0,
 ) -> Teacher:
     """The teacher a MODEL names.
 
@@ -22,12 +25,15 @@ def load_teacher(
     pretrained: False builds catalog and library names with random weights, and says so loudly.
     architecture: for a file, the timm model or `open_clip:ARCH` it belongs to; None recognises a plain ViT.
     mean, std: statistics of RGB in [0, 1] in place of those known or assumed.
+    seed: of random weights, so that a run with them can be repeated and resumed.
     Raises ConfigError for a name or size that cannot be, WeightsError for weights that are missing, damaged, unsafe,
     not finite, or of another architecture.
     """
     if image_size is not None and image_size < 1:
         raise ConfigError(f"image size {image_size} is not a number of pixels")
-    loaded = load_model(Request(name, image_size, pretrained, architecture))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded = load_model(Request(name, image_size, pretrained, architecture))
     backbone = loaded.backbone
     changes = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
     if changes:

@@ -5,6 +5,7 @@ is the method, the optimiser, the step and the random generators; batches are a 
 killed and resumed ends in the same bits (on one kind of hardware with deterministic kernels, such as a CPU).
 """
 
+import errno
 import json
 import logging
 import time
@@ -150,9 +151,8 @@ class Trainer:
         # Every process computes the same buffers; newer torch names the option that says so differently.
         names = signature(DistributedDataParallel).parameters
         quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return DistributedDataParallel(
-            method, device_ids=devices, gradient_as_bucket_view=True, **{quiet: False}
-        )
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, quiet: False}
+        return DistributedDataParallel(method, device_ids=devices, **options)
 
     def update(self, batch: Batch) -> list[Verdict]:
         """One optimiser update; what is known by now about this step and those before."""
@@ -295,10 +295,10 @@ class Trainer:
         with undisturbed_generators(self.device):
             found = monitor(self.method, self.step)
         self.method.train()
-        self.run.log_metrics(
-            {"step": self.step} | {f"monitor/{name}": value for name, value in found.items()}
-        )
-        log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        if found:
+            named = {f"monitor/{name}": value for name, value in found.items()}
+            self.run.log_metrics({"step": self.step} | named)
+            log.info("step %d  %s", self.step, "  ".join(f"{name} {found[name]:.4g}" for name in found))
         self.clock.exclude(time.perf_counter() - start)
 
     def save_is_due(self) -> bool:
@@ -334,6 +334,7 @@ class Trainer:
             save_checkpoint(
                 self.run.checkpoints, self.step, Checkpoint(tensors, state), keep=self.config.keep_checkpoints
             )
+            self.run.update(step=self.step)
         wait_for_all(self.world)
         self.clock.exclude(time.perf_counter() - start)
         self._last_save = time.monotonic()
@@ -409,7 +410,7 @@ def checkpoint_activations(method: Method) -> None:
 
 @contextmanager
 def explained_failures(train: TrainConfig, plan: Plan, device: torch.device) -> Iterator[None]:
-    """Turn running out of memory, and what torch.compile cannot do, into errors with a remedy."""
+    """Turn running out of memory or disk, and what torch.compile cannot do, into errors with a remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -421,6 +422,12 @@ def explained_failures(train: TrainConfig, plan: Plan, device: torch.device) -> 
         raise ResourceError(
             f"{device}: out of memory with {plan.micro_batch_size} images at a time{peak}",
             f"the batch stays {train.batch_size} with " + ", ".join(options),
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"no room left on the disk: {error}", "free some space, then run the same command with --resume"
         ) from error
     except Exception as error:
         if not train.compile or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

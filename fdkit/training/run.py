@@ -2,7 +2,7 @@
 
 `config.yaml` is the whole configuration, `run.json` the state and everything needed to know where the numbers come
 from, `metrics.jsonl` a line a logged step, `log.txt` what was said, `errors/` what went wrong, in full. Rank 0 writes;
-on other ranks a Run reads and keeps silent.
+on other ranks a Run is silent, but for the traceback of a failure.
 """
 
 import fcntl
@@ -112,13 +112,15 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        state, code = _outcome(error)
         if not self.writes:
+            if error is not None and state == "failed" and self.folder.is_dir():
+                self._write_error(f"rank-{current_world().rank}-traceback.txt", error_text(error))
             return
         try:
-            state, code = _outcome(error)
             reason = str(error) if error is not None and str(error) else (kind.__name__ if kind else "")
             if error is not None and state == "failed":
-                self.save_error("traceback.txt", "".join(traceback.format_exception(error)))
+                self.save_error("traceback.txt", error_text(error))
             self.update(state=state, exit_code=code, reason=reason, ended=_now())
         except OSError as failure:  # a full disk must not hide the error that ended the run
             log.error("%s: cannot record how the run ended: %s", self.folder, failure)
@@ -191,10 +193,12 @@ class Run:
 
     def save_error(self, name: str, text: str) -> Path:
         """Write something for the one who looks for the cause into errors/; its path."""
+        return self._write_error(name, text) if self.writes else self.folder / "errors"
+
+    def _write_error(self, name: str, text: str) -> Path:
         path = self.folder / "errors" / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{name}"
-        if self.writes:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
         return path
 
     def _open(self, command: list[str]) -> None:
@@ -267,6 +271,11 @@ def check_unchanged(before: str, now: str, folder: Path) -> None:
             f"{folder}: the resumed run has another configuration:\n" + "\n".join(lines),
             f"resume with --recipe {folder / 'config.yaml'}, or choose another --output",
         )
+
+
+def error_text(error: BaseException) -> str:
+    """The traceback, with what caused it."""
+    return "".join(traceback.format_exception(error))
 
 
 def environment() -> dict[str, Any]:

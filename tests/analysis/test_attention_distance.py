@@ -209,8 +209,9 @@ def test_figure_shows_every_head_of_every_model_on_one_axis():
     assert [len(axes.collections[0].get_offsets()) for axes in figure.axes] == [6, 9]
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     assert figure.axes[0].get_ylabel() == "attention distance (pixels)"
+    all_heads = [value for heads in analysis.numbers["models"][0]["distance"] for value in heads]
     dots = figure.axes[0].collections[0].get_offsets()
-    assert sorted(dots[:, 1]) == pytest.approx(sorted(sum(analysis.numbers["models"][0]["distance"], [])))
+    assert sorted(dots[:, 1]) == pytest.approx(sorted(all_heads))
     assert set(dots[:, 0]) == {1, 2}
     narrow = draw(analysis.numbers, width=3.7)
     bottoms = [axes.get_position().y0 for axes in narrow.axes]

@@ -1,5 +1,6 @@
 import math
 import weakref
+from functools import cache
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def timm_clip():
     )
 
 
+@cache
 def open_clip():
     backbone = build_open_clip("ViT-B-32", {"image_size": 64})
     blocks = backbone.network.transformer

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -9,6 +10,7 @@ from torch import nn
 
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import BadImage, open_source
+from fdkit.data.subset import Subset
 from fdkit.errors import ConfigError, DataError, NumericsError
 from fdkit.evaluation import knn, linear
 from fdkit.evaluation.features import extract_features, raw_pixels
@@ -187,13 +189,27 @@ def test_digits_can_be_told_apart_by_their_pixels():
     assert linear.evaluate(train, test, linear.LinearConfig(epochs=10))["top1"] > 0.9
 
 
+def spread(data: str, split: str, step: int) -> Subset:
+    whole = open_source(data, split)
+    return Subset(whole, range(0, len(whole), step))
+
+
 @pytest.mark.slow
 def test_a_pretrained_network_knows_real_photos(shared):
-    """Reference: timm's own evaluation transform, and scikit-learn's logistic regression."""
-    teacher = load_teacher(str(next((shared / "weights/vit_tiny_patch16_224").glob("*.safetensors"))))
-    assert teacher.backbone.preprocessing.mean == (0.5, 0.5, 0.5)
+    """On a part of the photos; on all of them kNN (k 10) is right for 0.884 of test, the linear probe for 0.909."""
+    weights = next((shared / "weights/vit_tiny_patch16_224").glob("*.safetensors"))
     data = str(shared / "data/clothing_small")
-    train, test = (extract_features(teacher, open_source(data, split)) for split in ("train", "test"))
-    results = knn.evaluate(train, test, knn.KNNConfig(k=(10, 20)))
-    assert results["top1"] == pytest.approx(0.884, abs=0.006)
-    assert linear.evaluate(train, test, linear.LinearConfig())["top1"] == pytest.approx(0.909, abs=0.015)
+    teacher = load_teacher(str(weights))
+    train, test = (extract_features(teacher, spread(data, *part)) for part in (("train", 8), ("test", 2)))
+
+    network = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(weights)).eval()
+    transform = create_transform(
+        (3, 224, 224), interpolation="bicubic", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    images = torch.stack([transform(open_source(data, "test").read(index)) for index in (0, 2, 4)])
+    with torch.no_grad():
+        expected = network.forward_features(images)[:, 0]
+    torch.testing.assert_close(test.values[:3], expected, atol=1e-3, rtol=1e-3)
+
+    assert knn.evaluate(train, test, knn.KNNConfig(k=(10,)))["top1"] == pytest.approx(0.839, abs=0.015)
+    assert linear.evaluate(train, test, linear.LinearConfig())["top1"] == pytest.approx(0.903, abs=0.025)

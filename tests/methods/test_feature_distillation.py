@@ -1,5 +1,6 @@
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,24 @@ def test_batch_whitening_is_per_channel_over_all_vectors() -> None:
     target = whiten(torch.randn(2, 5, 7) * torch.arange(1.0, 8) + 3, "batch").flatten(0, 1)
     assert target.mean(dim=0).abs().max() < 1e-5
     torch.testing.assert_close(target.var(dim=0, unbiased=False), torch.ones(7), rtol=1e-3, atol=1e-3)
+
+
+def _whiten_half(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(whiten(_uneven_target().chunk(2)[rank], "batch"), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _uneven_target() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(4, 5, 7, generator=generator) + torch.arange(4.0).view(4, 1, 1)
+
+
+@pytest.mark.distributed
+def test_batch_whitening_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_whiten_half, args=(str(tmp_path),), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat(halves), whiten(_uneven_target(), "batch"))
 
 
 def test_l2_whitening_gives_unit_vectors_and_none_changes_nothing() -> None:

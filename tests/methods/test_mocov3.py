@@ -9,8 +9,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fdkit.data.views import TwoViewsConfig
 from fdkit.errors import ConfigError
-from fdkit.methods.mocov3 import MoCoV3, MoCoV3Config, build_student, contrast, feature_std
+from fdkit.methods.mocov3 import MoCoV3, MoCoV3Config, build, build_student, contrast, feature_std
 
 TINY_VIT = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 HEADS = {"hidden_dim": 12, "output_dim": 6}
@@ -282,6 +283,29 @@ def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone() -
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+def test_build_takes_the_image_size_from_the_views() -> None:
+    config = MoCoV3Config(model_args=TINY_VIT, **HEADS)
+    method = build(config, TwoViewsConfig(image_size=12), seed=0)
+    assert method.student.image_size == method.views.image_size == 12
+    assert method.student.network.pos_embed.shape == (1, 1 + 9, 16)
+
+
+@pytest.mark.slow
+def test_compiling_meets_no_new_graph_at_every_step() -> None:
+    graphs = []
+    small = {"model_args": {**TINY_VIT, "depth": 1}, "num_projector_layers": 1, "num_predictor_layers": 1}
+    method, expected = (MoCoV3(VIEWS, MoCoV3Config(**HEADS, **small), seed=0) for _ in range(2))
+    method.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for step in range(5):
+        loss = method(two_views(), step / 6)["loss"]
+        torch.testing.assert_close(loss, expected(two_views(), step / 6)["loss"])
+        method.after_step(step / 6)
+        expected.after_step(step / 6)
+        if step == 2:
+            settled = len(graphs)
+    assert len(graphs) == settled
 
 
 RESNET = {

@@ -35,12 +35,12 @@ def _gradients(out: Tensor, operands: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((out.double() * weight).sum(), operands))
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("path", ["matmul", "matmul_fp32", "sdpa"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 def test_every_path_equals_float64_naive_attention(
-    dtype: torch.dtype, tolerance: float, native: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tolerance: float, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "has_fast_bfloat16", lambda: native)
+    monkeypatch.setattr(attention, "attention_path", lambda *_: path)
     operands = _operands(dtype)
     exact = [x.detach().double().clone().requires_grad_() for x in operands]
     out, expected = bias_attention(*operands), _naive(*exact)

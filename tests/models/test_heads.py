@@ -1,7 +1,9 @@
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from fdkit.errors import ConfigError
 from fdkit.models.batch_norm import BatchNorm, synchronise_batch_norm
 from fdkit.models.heads import mlp_head
 
@@ -14,6 +16,11 @@ def normalised(rows: Tensor) -> Tensor:
         variance = sum((value - mean) ** 2 for value in column) / len(column)
         columns.append((column - mean) / (variance + 1e-5).sqrt())
     return torch.stack(columns, dim=1)
+
+
+def test_batch_norms_of_their_own_kind_are_refused() -> None:
+    with pytest.raises(ConfigError, match="BatchNormAct2d cannot be synchronised"):
+        synchronise_batch_norm(nn.Sequential(BatchNormAct2d(3)))
 
 
 def test_a_head_is_its_formula() -> None:

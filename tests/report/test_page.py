@@ -165,7 +165,7 @@ def test_the_page_appears_whole_and_replaces_an_earlier_one(tmp_path):
 
 
 def test_an_unwritable_page_says_where(tmp_path):
-    with pytest.raises(OutputError, match="cannot write the page .*missing"):
+    with pytest.raises(OutputError, match=r"cannot write the page .*missing"):
         write_page(tmp_path / "missing" / "report.html", "t", lead="l", sections=[])
 
 

@@ -247,3 +247,12 @@ def test_published_files_load_whole_without_their_classifier(
     assert all(torch.equal(own[key], network.state_dict()[key]) for key in own)
     assert teacher.sha256 == sha256_of(path)
     assert teacher.license == timm.get_pretrained_cfg(name).license
+
+
+def test_random_weights_follow_their_seed() -> None:
+    first, again, other = (
+        load_teacher("timm:vit_tiny_patch16_224", image_size=32, pretrained=False, seed=seed).backbone.network
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(first.cls_token, again.cls_token)
+    assert not torch.equal(first.cls_token, other.cls_token)

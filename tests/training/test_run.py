@@ -172,6 +172,12 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run.log_metrics({"step": 1})
         run.save_error("x", "y")
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ZeroDivisionError), Run.create(tmp_path / "run", CONFIG_YAML):
+        raise ZeroDivisionError("only here")
+    [report] = (tmp_path / "run").rglob("*.txt")
+    assert report.name.endswith("-rank-1-traceback.txt")
+    assert "only here" in report.read_text()
 
 
 def test_devices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
