@@ -101,27 +101,11 @@ def analyze(observed: Sequence[Observed], config: AttentionDistanceConfig) -> An
 
 def _measure(observed: Observed, config: AttentionDistanceConfig) -> dict[str, Any]:
     backbone = backbone_of(observed.model)
-    distances = patch_distances(patch_grid(backbone), backbone.patch_size).to(backbone.mean.device)
-    num_prefix_tokens = num_attended_prefix_tokens(backbone)
-    sums: dict[int, tuple[Tensor, Tensor]] = {}
-    num_images = 0
-
-    def add(layer: int, attention: Tensor) -> None:
-        distance, prefix = attention_distance(
-            attention, distances, num_prefix_tokens=num_prefix_tokens, renormalise=config.renormalise
-        )
-        before = sums.get(layer, (0.0, 0.0))
-        sums[layer] = before[0] + len(attention) * distance, before[1] + len(attention) * prefix
-
-    for images in observed.batches:
-        images = images[: config.num_images - num_images]
-        observe_attention(observed.model, images, add)
-        num_images += len(images)
-        if num_images >= config.num_images:
-            break
+    distances = patch_distances(patch_grid(backbone), backbone.patch_size)
+    sums, num_images = _sum_over_images(observed, distances, config)
     if num_images == 0:
         raise DataError(f"there are no images to observe {observed.name} on")
-    per_layer = [(distance / num_images, prefix / num_images) for distance, prefix in sums.values()]
+    per_layer = [one / num_images for one in sums]
     return {
         "name": observed.name,
         "distance": [distance.tolist() for distance, _ in per_layer],
@@ -133,6 +117,34 @@ def _measure(observed: Observed, config: AttentionDistanceConfig) -> dict[str, A
         "image_size": backbone.image_size,
         "num_images": num_images,
     }
+
+
+def _sum_over_images(
+    observed: Observed, distances: Tensor, config: AttentionDistanceConfig
+) -> tuple[list[Tensor], int]:
+    """For each layer, (2, H): distance and prefix attention summed over images; and the number of images."""
+    backbone = backbone_of(observed.model)
+    distances = distances.to(backbone.mean.device)
+    num_prefix_tokens = num_attended_prefix_tokens(backbone)
+    sums: list[Tensor] = []
+    num_images = 0
+
+    def add(layer: int, attention: Tensor) -> None:
+        means = attention_distance(
+            attention, distances, num_prefix_tokens=num_prefix_tokens, renormalise=config.renormalise
+        )
+        if layer == len(sums):
+            sums.append(torch.zeros(2, attention.shape[1], dtype=torch.float64))
+        # In place: small tensors made between large ones would keep the allocator from reusing memory.
+        sums[layer] += len(attention) * torch.stack(means)
+
+    for images in observed.batches:
+        images = images[: config.num_images - num_images]
+        observe_attention(observed.model, images, add)
+        num_images += len(images)
+        if num_images >= config.num_images:
+            break
+    return sums, num_images
 
 
 @in_style

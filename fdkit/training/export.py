@@ -55,7 +55,11 @@ def model_card(method: Method, run: Run) -> str:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items() if value not in (None, "")]
+    lines = [
+        f"| {_cell(name)} | {_cell(value)} |"
+        for name, value in rows.items()
+        if value not in (None, "") and not isinstance(value, dict)
+    ]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
