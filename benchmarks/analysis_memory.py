@@ -15,7 +15,6 @@ import platform
 import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ FLAT_RATIO = 1.05
 
 
 def measure(way: str, model: str, num_images: int, batch_size: int) -> dict[str, Any]:
-    """Distances, seconds and this process's peak memory."""
+    """Distances and this process's peak memory."""
     import torch
 
     from fdkit.analysis.attention_distance import AttentionDistanceConfig, analyze
@@ -40,7 +39,6 @@ def measure(way: str, model: str, num_images: int, batch_size: int) -> dict[str,
         torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(i))
         for i, size in enumerate(sizes)
     )
-    start = time.perf_counter()
     if way == "streamed":
         config = AttentionDistanceConfig(num_images=num_images, batch_size=batch_size)
         mean = analyze([Observed(model, backbone, batches)], config).numbers["models"][0]["mean"]
@@ -51,9 +49,8 @@ def measure(way: str, model: str, num_images: int, batch_size: int) -> dict[str,
         with torch.no_grad():
             for images in batches:
                 backbone(images)
-    seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {"way": way, "num_images": num_images, "peak_rss_gb": peak, "seconds": seconds, "mean": mean}
+    return {"way": way, "num_images": num_images, "peak_rss_gb": peak, "mean": mean}
 
 
 def collected(backbone: Any, batches: Any) -> list[float]:
@@ -84,7 +81,7 @@ def in_fresh_process(way: str, num_images: int, options: argparse.Namespace) -> 
     )
     result: dict[str, Any] = json.loads(child.stdout)
     print(
-        f"{way:>9} {num_images:>5} images: {result['peak_rss_gb']:.2f} GB, {result['seconds']:.1f} s",
+        f"{way:>9} {num_images:>5} images: {result['peak_rss_gb']:.2f} GB",
         file=sys.stderr,
     )
     return result

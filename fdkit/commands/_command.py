@@ -44,8 +44,8 @@ class ModelOptions(Config):
     pretrained: bool = True
     """Whether weights are loaded; `--pretrained false` gives random ones, as a control."""
 
-    def load(self, name: str, *, seed: int = 0) -> Teacher:
-        """The model `name` with these options; seed: of random weights."""
+    def load(self, name: str, *, seed: int = 0, keep_head: bool = False) -> Teacher:
+        """The model `name` with these options; seed: of random weights; keep_head: with its own classifier."""
         return load_teacher(
             name,
             architecture=self.architecture,
@@ -54,6 +54,7 @@ class ModelOptions(Config):
             std=self.std,
             pretrained=self.pretrained,
             seed=seed,
+            keep_head=keep_head,
         )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import field_validator
 
 from fdkit.commands._command import ModelOptions, Outcome, default_output, resolve
@@ -12,7 +13,10 @@ from fdkit.data.sources import ImageSource
 from fdkit.data.views import CropConfig, RandomCrop
 from fdkit.methods._method import Method
 from fdkit.methods.feature_distillation import FeatureDistillation, FeatureDistillationConfig
+from fdkit.models.attention import attention_path
 from fdkit.models.student import StudentConfig, build_student
+from fdkit.training.distributed import local_device
+from fdkit.training.plan import choose_precision
 
 
 class DistillConfig(ModelOptions, TrainingCommand):
@@ -45,13 +49,17 @@ def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
     folder = config.output or default_output("distill", config.teacher)
 
     def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
-        teacher = config.load(config.teacher, seed=config.seed)
+        wants_logits = config.distillation.target == "logits"
+        teacher = config.load(config.teacher, seed=config.seed, keep_head=wants_logits)
         student = build_student(
             config.student, teacher.backbone, image_size=config.views.image_size, seed=config.seed
         )
         views = RandomCrop(config.views)
-        method = FeatureDistillation(teacher, student, views, config.distillation)
-        return method, {"teacher": teacher.identity()}
+        method = FeatureDistillation(teacher, student, views, config.distillation, seed=config.seed)
+        device = local_device(config.device)
+        is_bf16 = choose_precision(config.train.precision, device) == "bf16"
+        path = attention_path(device, torch.bfloat16 if is_bf16 else torch.float32)
+        return method, {"teacher": teacher.identity(), "attention": path}
 
     return run_training(config, folder, build, handle_signals=handle_signals)
 

@@ -7,7 +7,7 @@ random generators: they belong to the model.
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fdkit.config import Config
 from fdkit.data.sources import BadImage, ImageSource
-from fdkit.data.views import Sample, Views
+from fdkit.data.views import Pixels, Sample, Views
 from fdkit.errors import ConfigError, DataError, ResourceError
 
 log = logging.getLogger("fdkit")
@@ -191,6 +191,7 @@ class _ViewsOfImages(Dataset[_Item]):
 
     def __init__(self, source: ImageSource, views: Views, seed: int, *, substitute: bool) -> None:
         self.source = source
+        self.read: Callable[[int], Pixels] = getattr(source, "read_pixels", source.read)
         self.views = views
         self.stream = _Stream(seed, _VIEWS)
         self.tries = min(len(source), MAX_BAD_IN_A_ROW) if substitute else 1
@@ -201,7 +202,7 @@ class _ViewsOfImages(Dataset[_Item]):
         for candidate in range(index, index + self.tries):
             candidate %= len(self.source)
             try:
-                image = self.source.read(candidate)
+                image = self.read(candidate)
             except BadImage as error:
                 bad.append((error.path, error.reason))
                 continue

@@ -21,6 +21,10 @@ Box = tuple[int, int, int, int]
 """left, top, right, bottom; the last two excluded."""
 
 
+Pixels = Image.Image | Tensor
+"""An RGB image: Pillow's, or uint8 (H, W, 3)."""
+
+
 class Sample(NamedTuple):
     """What a worker makes of one image."""
 
@@ -36,8 +40,8 @@ class Views(Protocol):
     num_views: int
     image_size: int
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Sample:
-        """The views of an RGB image, as uint8; runs in the worker."""
+    def __call__(self, image: Pixels, random: np.random.Generator) -> Sample:
+        """The views of an image, as uint8; runs in the worker."""
 
     def finish(self, crops: list[Tensor], colour: list[Tensor]) -> list[Tensor]:
         """(B, 3, H, W) float32 in [0, 1] a view; runs on the device of the crops."""
@@ -65,7 +69,7 @@ class RandomCrop:
         self.config = config
         self.image_size = config.image_size
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Sample:
+    def __call__(self, image: Pixels, random: np.random.Generator) -> Sample:
         """One crop."""
         return Sample([_random_crop(image, self.config, random)], [])
 
@@ -111,7 +115,7 @@ class TwoViews:
         self.image_size = config.image_size
         self.strengths = [_strengths(config, view) for view in range(2)]
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Sample:
+    def __call__(self, image: Pixels, random: np.random.Generator) -> Sample:
         """Two crops and the colour parameters of each."""
         crops = [_random_crop(image, self.config, random) for _ in range(2)]
         return Sample(crops, [colour_ops.draw(strengths, random) for strengths in self.strengths])
@@ -144,9 +148,10 @@ class CenterCrop:
         self.crop_ratio = crop_ratio
         self.interpolation = Image.Resampling[interpolation.upper()]
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Sample:
+    def __call__(self, image: Pixels, random: np.random.Generator) -> Sample:
         """The one central crop; nothing is random."""
         short, size = math.floor(self.image_size / self.crop_ratio), self.image_size
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image.numpy())
         width, height = image.size
         if min(width, height) != short:
             tall = height > width
@@ -187,8 +192,9 @@ def draw_box(
     return left, top, left + w, top + h
 
 
-def _random_crop(image: Image.Image, config: CropConfig, random: np.random.Generator) -> Tensor:
-    box = draw_box(*image.size, random, min_scale=config.min_scale)
+def _random_crop(image: Pixels, config: CropConfig, random: np.random.Generator) -> Tensor:
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    box = draw_box(width, height, random, min_scale=config.min_scale)
     crop = _to_tensor(image, box)
     if crop.shape[-2:] != (config.image_size, config.image_size):
         # torch resizes uint8 with vector instructions, Pillow does not: twice as fast, within one level of its pixels.
@@ -198,16 +204,19 @@ def _random_crop(image: Image.Image, config: CropConfig, random: np.random.Gener
     return crop.flip(-1) if config.flip and random.random() < 0.5 else crop
 
 
-def _to_tensor(image: Image.Image, box: Box) -> Tensor:
+def _to_tensor(image: Pixels, box: Box) -> Tensor:
     """uint8 (1, 3, H, W), the part of an RGB image inside the box.
 
     Channels vary fastest in memory, and the strides say so as torch expects of a batch: else it would transpose.
     """
-    if image.mode != "RGB":
-        raise ValueError(f"views need RGB images, not mode {image.mode}")
-    if box != (0, 0, *image.size):
-        image = image.crop(box)
-    return torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
+    left, top, right, bottom = box
+    if isinstance(image, Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(f"views need RGB images, not mode {image.mode}")
+        pixels = torch.from_numpy(np.array(image.crop(box)))
+    else:
+        pixels = image[top:bottom, left:right].contiguous()
+    return pixels[None].permute(0, 3, 1, 2)
 
 
 def _to_float(crops: Tensor) -> Tensor:

@@ -100,14 +100,16 @@ class MoCoV3(Method):
         views: two (B, 3, H, W) tensors in [0, 1]; progress: share of all optimiser steps done, as steps / total.
         loss: sum over both directions of 2 * temperature * cross-entropy.
         positive_similarity: mean cosine of a query and its key; top1: share of queries nearest to their own key.
-        feature_std: of the queries scaled to length 1; near 1 / sqrt(output_dim) if healthy, 0 if collapsed.
+        feature_std: of the student's features (queries would hide a collapse behind their batch norm); see `feature_std`.
         """
         is_learning = self.training and torch.is_grad_enabled()
-        queries = [self.predictor(rows) for rows in self._project(self.student, self.projector, views)]
+        pooling = self.config.pooling
+        features = [pool(self.student(view), pooling) for view in views]  # batch norms see one view at a time
+        queries = [self.predictor(self.projector(rows)) for rows in features]
         with torch.no_grad():
             if is_learning:
                 self._move_momentum_encoder(progress)
-            keys = self._project(self.momentum_student, self.momentum_projector, views)
+            keys = [self.momentum_projector(pool(self.momentum_student(view), pooling)) for view in views]
             gathered = gather_rows(torch.stack(keys, dim=1))  # (N, 2, d)
         first_label = rank() * len(queries[0])
         contrasts = [
@@ -118,16 +120,12 @@ class MoCoV3(Method):
             "loss": contrasts[0].loss + contrasts[1].loss,
             "positive_similarity": (contrasts[0].positive_similarity + contrasts[1].positive_similarity) / 2,
             "top1": (contrasts[0].top1 + contrasts[1].top1) / 2,
-            "feature_std": (feature_std(queries[0]) + feature_std(queries[1])) / 2,
+            "feature_std": (feature_std(features[0]) + feature_std(features[1])) / 2,
         }
 
     def after_step(self, progress: float) -> None:
         """Let the next forward pass move the momentum encoder: the student has changed."""
         self._is_momentum_due = True
-
-    def _project(self, student: Backbone, projector: nn.Module, views: list[Tensor]) -> list[Tensor]:
-        """Projected features of each view, (B, d) each; batch norms see one view at a time."""
-        return [projector(pool(student(view), self.config.pooling)) for view in views]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # its momentum is another number at every step
     def _move_momentum_encoder(self, progress: float) -> None:
@@ -172,7 +170,7 @@ def contrast(queries: Tensor, keys: Tensor, *, temperature: float, first_label: 
 def feature_std(features: Tensor) -> Tensor:
     """Standard deviation over rows (B, d), scaled to length 1, averaged over the d components; a scalar.
 
-    1 / sqrt(d) for rows in all directions, 0 for equal rows. Source: Chen and He 2021 (SimSiam), section 4.1.
+    At most 1 / sqrt(d), for rows in all directions; 0 for equal rows, as in a collapse. Source: Chen and He 2021 (SimSiam), section 4.1.
     """
     return _unit_rows(features).std(dim=0, unbiased=False).mean()
 

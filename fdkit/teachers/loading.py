@@ -1,8 +1,8 @@
 """How a teacher is named and loaded."""
 
-from fdkit.errors import ConfigError
 import torch
 
+from fdkit.errors import ConfigError
 from fdkit.teachers.model import Request, load_model, with_preprocessing
 from fdkit.teachers.teacher import Teacher
 
@@ -16,6 +16,7 @@ def load_teacher(
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     seed: int = 0,
+    keep_head: bool = False,
 ) -> Teacher:
     """The teacher a MODEL names.
 
@@ -26,6 +27,8 @@ def load_teacher(
     architecture: for a file, the timm model or `open_clip:ARCH` it belongs to; None recognises a plain ViT.
     mean, std: statistics of RGB in [0, 1] in place of those known or assumed.
     seed: of random weights, so that a run with them can be repeated and resumed.
+    keep_head: keep the model's own classifier (timm names and files of a named architecture; open_clip towers always
+        have their projection), so that `backbone.logits` answers.
     Raises ConfigError for a name or size that cannot be, WeightsError for weights that are missing, damaged, unsafe,
     not finite, or of another architecture.
     """
@@ -33,7 +36,7 @@ def load_teacher(
         raise ConfigError(f"image size {image_size} is not a number of pixels")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loaded = load_model(Request(name, image_size, pretrained, architecture))
+        loaded = load_model(Request(name, image_size, pretrained, architecture, keep_head))
     backbone = loaded.backbone
     changes = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
     if changes:

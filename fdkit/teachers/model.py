@@ -52,6 +52,8 @@ class Request(NamedTuple):
     image_size: int | None
     is_pretrained: bool
     architecture: str | None
+    keeps_head: bool = False
+    """Whether the model's own classifier stays on it, for its logits."""
 
 
 def load_model(request: Request) -> Loaded:
@@ -93,7 +95,7 @@ def _load_named(request: Request) -> Loaded:
         name = _tagged(name)
         _refuse_wrong_activation(name)
         with WithoutRandomInit() if request.is_pretrained else nullcontext():
-            backbone = _build(name, image_size)
+            backbone = _build(name, image_size, keep_head=request.keeps_head)
         license = _timm_license(name)
         fetch = partial(fetch_timm, name)
     else:
@@ -124,7 +126,8 @@ def _load_file(path: Path, request: Request) -> Loaded:
             backbone = _build_open_clip(asked.removeprefix("open_clip:"), "", request.image_size)
         elif asked:
             _refuse_wrong_activation(asked)
-            backbone = _build(asked, request.image_size, _official_args(weights, layout))
+            args = _official_args(weights, layout)
+            backbone = _build(asked, request.image_size, args, keep_head=request.keeps_head)
         else:
             backbone = _build_recognised(path, weights, layout, request.image_size)
     _fit(backbone, state, source=str(path), hint=_misfit_hint(layout, asked))
@@ -166,10 +169,12 @@ def _load_demo(request: Request) -> Loaded:
     return _load_run(DEMO_FOLDER, request)._replace(source="demo", license="Apache-2.0")
 
 
-def _build(name: str, image_size: int | None, args: dict[str, Any] | None = None) -> Backbone:
+def _build(
+    name: str, image_size: int | None, args: dict[str, Any] | None = None, *, keep_head: bool = False
+) -> Backbone:
     """A timm model with random weights, fed images of `image_size`; None is its native size."""
     size = {} if image_size is None else {"img_size": image_size}
-    backbone = build_timm(name, {**(args or {}), **size})
+    backbone = build_timm(name, {**(args or {}), **size}, keep_head=keep_head)
     remainder = backbone.image_size % backbone.patch_size
     if remainder and hasattr(backbone.network, "pos_embed"):
         low = backbone.image_size - remainder

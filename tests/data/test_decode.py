@@ -6,9 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
-from fdkit.data.decode import MAX_PIXELS, BadImage, decode, printable
+from fdkit.data import decode as module
+from fdkit.data.decode import MAX_PIXELS, BadImage, decode, printable, read_pixels
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
@@ -151,3 +153,79 @@ def test_printable_escapes_what_a_terminal_would_obey() -> None:
     assert printable("a\x1b[31mb\n") == "a\\x1b[31mb\\n"
     assert printable(os.fsdecode(b"\xff.jpg")) == "\\udcff.jpg"
     assert printable("müll.jpg") == "müll.jpg"
+
+
+@pytest.fixture
+def no_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_torchcodec", lambda: None)
+
+
+@pytest.mark.usefixtures("no_torchcodec")
+def test_read_pixels_are_those_of_decode(tmp_path) -> None:
+    Image.fromarray(photo()).save(tmp_path / "x.jpg")
+    assert read_pixels(tmp_path / "x.jpg").tolist() == np.asarray(decode(tmp_path / "x.jpg")).tolist()
+    with pytest.raises(BadImage, match="No such file"):
+        read_pixels(tmp_path / "gone.jpg")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "quality": 30}]
+)
+def test_torchcodec_gives_pillows_pixels(tmp_path, mode: str, options: dict) -> None:
+    pytest.importorskip("torchcodec")
+    noise = (
+        np.random.default_rng(0)
+        .integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        .repeat(8, 0)
+        .repeat(8, 1)[:45, :61]
+    )
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(noise).convert(mode).save(tmp_path / "x.jpg", exif=exif, **options)
+        np.testing.assert_array_equal(
+            read_pixels(tmp_path / "x.jpg").numpy(), np.asarray(decode(tmp_path / "x.jpg"))
+        )
+
+
+def test_torchcodec_and_pillow_refuse_the_same_damaged_files(tmp_path) -> None:
+    pytest.importorskip("torchcodec")
+    random = np.random.default_rng(0)
+    data = np.frombuffer(encoded(Image.fromarray(photo(40, 60)), "JPEG"), np.uint8)
+    path = tmp_path / "x.jpg"
+    for length in random.integers(0, len(data), 40):
+        path.write_bytes(data[:length].tobytes())
+        with pytest.raises(BadImage):
+            read_pixels(path)
+
+
+def test_what_reaches_torchcodec(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def refuse(data: torch.Tensor) -> torch.Tensor:
+        seen.append(len(data))
+        raise RuntimeError("refused")
+
+    monkeypatch.setattr(module, "_torchcodec", lambda: refuse)
+    jpeg = encoded(Image.fromarray(photo()), "JPEG")
+    path = tmp_path / "x.jpg"
+    path.write_bytes(jpeg)
+    assert read_pixels(path).tolist() == np.asarray(decode(path)).tolist()  # Pillow has the last word
+    assert seen == [len(jpeg)]
+    frame = jpeg.index(b"\xff\xc0")
+    bomb = jpeg[: frame + 5] + struct.pack(">HH", 20000, 10000) + jpeg[frame + 9 :]
+    for other in (
+        bomb,
+        encoded(Image.fromarray(photo()), "PNG"),
+        b"",
+        b"\xff\xd8",
+        b"\xff\xd8\xff\xe0\0\0" * 9,
+    ):
+        path.write_bytes(other)
+        with contextlib.suppress(BadImage):
+            read_pixels(path)
+    assert seen == [len(jpeg)]
+    path.write_bytes(bomb)
+    with pytest.raises(BadImage, match=f"more than {MAX_PIXELS} pixels"):
+        read_pixels(path)

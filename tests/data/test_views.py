@@ -210,3 +210,18 @@ def test_real_photos_crop_like_timm(shared: Path) -> None:
     for path in sorted((shared / "data" / "imagenet_sample_1k" / "val").glob("*/*.jpg"))[::100]:
         image = Image.open(path).convert("RGB")
         assert torch.equal(views.finish([views(image, rng()).crops[0][None]], [])[0][0], transform(image))
+
+
+def test_views_of_an_array_are_those_of_the_image() -> None:
+    image = photo(50, 41)
+    pixels = torch.from_numpy(np.array(image))
+    for views in (
+        RandomCrop(CropConfig(image_size=16)),
+        TwoViews(TwoViewsConfig(image_size=16)),
+        CenterCrop(16),
+    ):
+        for seed in range(5):
+            for found, expected in zip(
+                views(pixels, rng(seed)).crops, views(image, rng(seed)).crops, strict=True
+            ):
+                assert torch.equal(found, expected)

@@ -87,6 +87,16 @@ def test_feature_std_tells_collapse_from_health() -> None:
     assert feature_std(torch.randn(4096, 64)).item() == pytest.approx(1 / 8, rel=0.01)
 
 
+def test_a_collapse_shows_in_feature_std_although_queries_are_normalised() -> None:
+    method = tiny()
+    with torch.no_grad():
+        healthy = method(two_views(), 0.0)["feature_std"]
+        method.student.network.norm.weight.mul_(1e-4)
+        method.student.network.norm.bias.fill_(1.0)
+        collapsed = method(two_views(), 0.0)["feature_std"]
+    assert collapsed < 0.01 * healthy
+
+
 # --- a training step
 
 
