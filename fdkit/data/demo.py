@@ -1,13 +1,17 @@
-"""The built-in demonstration set: coloured handwritten digits on crops of two photos, 32 x 32, made where it is used.
+"""The built-in demonstration set: coloured handwritten digits, 32 x 32, made on opening from scikit-learn's 8 x 8 ones.
 
-Made of what scikit-learn installs, so it needs no network. Pixels alone tell little: size, place, slant and colours
-of a stroke are drawn anew in every image, and its background is a faint piece of a photo. Measured accuracy on the
-test split, of 10 classes: raw pixels, 20 cosine nearest neighbours, PLACEHOLDER.
+The shape of the stroke tells the digit. Every stroke is as much brighter than its flat background, but the hues of
+both and the size, place and slant of the digit are drawn anew in every image, so that pixels tell little: among raw
+pixels, the 20 cosine nearest neighbours get 43 % of the test images right (chance is 10 %), where shape and place
+alone, without hue, would give 74 %.
 
-No digit is in both splits: 1,347 are for training, in four renderings each, 450 for testing, in two.
+Brightness is the same in all images by design, and no photo lies behind a digit: whatever tells images apart more
+easily than shape, and both views of an image share, self-supervised training learns instead of shape.
+
+No handwritten digit is in both splits: 1,347 are for training, in four renderings each, 450 for testing, in two.
 """
 
-from functools import cache
+import math
 
 import numpy as np
 from PIL import Image
@@ -19,24 +23,20 @@ SIZE = 32
 """Height and width of the images, in pixels."""
 RENDERINGS = {"train": 4, "test": 2}
 """Images of each digit."""
-CROP = (16.0, 96.0)
-"""Side of the square of photo behind a digit, in its pixels."""
-PHOTO_CONTRAST = 0.1
-"""What is left of the photo's contrast: its structure, alike in all crops of an image, is to tell less than shape."""
-BACKGROUND = (15.0, 100.0)
-"""Mean luma, of 255, of a background."""
-STROKE = 80.0
-"""A stroke's luma is above the background's by this at least."""
-ZOOM = (1.9, 2.9)
-"""Image pixels to one of the 8 pixels of scikit-learn's digits: digits are 15 to 23 pixels high."""
+BACKGROUND, STROKE = 70, 160
+"""Luma of every background and of every stroke, of 255; the nearer, the more of an image is hue."""
+ZOOM = (2.0, 3.0)
+"""Image pixels to one of the 8 pixels of scikit-learn's digits: digits are 16 to 24 pixels high."""
 SHIFT = 4.0
 """A digit's centre is at most this far, in pixels, from the image's, along each axis."""
 SLANT = 20.0
 """Digits are turned by at most this, in degrees, either way."""
 INK = (0.35, 0.65)
 """Ink, of 1, from which a pixel is partly, and from which it is wholly, stroke; sharpens the enlarged digits."""
+MARGIN = 2
+"""Blank pixels put around scikit-learn's digits, whose strokes reach the edge, so that they end softly there too."""
 
-LUMA = np.array([0.299, 0.587, 0.114])
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 def open_demo(split: str) -> ArraySource:
@@ -51,65 +51,57 @@ def open_demo(split: str) -> ArraySource:
     return ArraySource("demo", images, labels, [str(digit) for digit in range(10)])
 
 
-def split_digits(split: str) -> np.ndarray:
-    """(N,) positions in scikit-learn's load_digits of the split's digits, in order; every class has its share."""
+def digits_of(split: str) -> np.ndarray:
+    """(N,) int64: which of scikit-learn's digits the images of a split, "train" or "test", show."""
     from sklearn.datasets import load_digits
 
     by_class = np.argsort(load_digits().target, kind="stable")
-    # Of the digits sorted by class every fourth is for testing.
-    return np.sort(by_class[::4] if split == "test" else np.delete(by_class, np.s_[::4]))
+    # Every fourth digit of each class is for testing.
+    chosen = by_class[::4] if split == "test" else np.delete(by_class, np.s_[::4])
+    return np.tile(np.sort(chosen), RENDERINGS[split])
 
 
-@cache
 def _render_split(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) uint8 and labels (N,) int64; one rendering of every digit follows the other."""
-    from sklearn.datasets import load_digits, load_sample_images
+    """Images (N, 32, 32, 3) uint8 and labels (N,)."""
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    digits = np.tile(split_digits(split), RENDERINGS[split])
+    digits = digits_of(split)
     stream = list(RENDERINGS).index(split)
-    images = np.empty((len(digits), SIZE, SIZE, 3), np.uint8)
-    for index, digit in enumerate(digits):
-        random = np.random.Generator(np.random.Philox(key=[stream, index]))
-        images[index] = _render(bunch.images[digit], photos, random)
-    return images, bunch.target[digits].astype(np.int64)
+    # Row i holds all that is random in image i, whatever the number of rows.
+    uniform = np.random.Generator(np.random.Philox(stream)).random((len(digits), 10), dtype=np.float32)
+    small = np.pad(
+        np.rint(bunch.images * (255 / 16)).astype(np.uint8), ((0, 0), (MARGIN,) * 2, (MARGIN,) * 2)
+    )
+    large = [_place(small[digit], *row) for digit, row in zip(digits, uniform[:, 6:].tolist(), strict=True)]
+    ink = np.clip((np.stack(large) / np.float32(255) - INK[0]) / (INK[1] - INK[0]), 0, 1)[..., None]
+    background, stroke = (
+        colours[:, None, None]  # (N, 1, 1, 3)
+        for colours in (_with_luma(uniform[:, :3], BACKGROUND), _with_luma(uniform[:, 3:6], STROKE))
+    )
+    images = np.rint(background + (stroke - background) * ink).astype(np.uint8)
+    return images, bunch.target[digits]
 
 
-def _render(digit: np.ndarray, photos: list[Image.Image], random: np.random.Generator) -> np.ndarray:
-    """(32, 32, 3) uint8; digit: (8, 8) in [0, 16]."""
-    background = _background(photos[random.integers(len(photos))], random)
-    colour = _brighter_colour(float((background @ LUMA).mean()) + STROKE, random)
-    ink = _ink(digit, random)[..., None]
-    return np.rint(np.clip(background + (colour - background) * ink, 0, 255)).astype(np.uint8)
+def _with_luma(colours: np.ndarray, luma: float) -> np.ndarray:
+    """(N, 3) in [0, 255]: colours of this luma with the hues of `colours`, (N, 3) in [0, 1)."""
+    colours = colours * (luma / (colours @ LUMA))[:, None]
+    # Grey of this luma is mixed in until no channel exceeds 255, which leaves the luma as it is.
+    room = (255 - luma) / (colours.max(axis=1) - luma)
+    return luma + (colours - luma) * np.minimum(1, room)[:, None]
 
 
-def _background(photo: Image.Image, random: np.random.Generator) -> np.ndarray:
-    """(32, 32, 3) in levels of 255: a faint, dark piece of the photo in its own tint."""
-    side = random.uniform(*CROP)
-    left, top = random.uniform(0, photo.width - side), random.uniform(0, photo.height - side)
-    crop = photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-    pixels = np.asarray(crop, dtype=np.float64)
-    mean = pixels.mean(axis=(0, 1))
-    tint = mean * (random.uniform(*BACKGROUND) / max(1.0, float(mean @ LUMA)))
-    return tint + PHOTO_CONTRAST * (pixels - mean)
+def _place(digit: np.ndarray, slant: float, size: float, across: float, down: float) -> np.ndarray:
+    """(32, 32) uint8: the digit, uint8 with its margin, turned, enlarged and shifted.
 
-
-def _brighter_colour(luma: float, random: np.random.Generator) -> np.ndarray:
-    """(3,) in levels of 255: a colour of any hue, mixed with white until it is at least this bright."""
-    colour = random.uniform(0, 255, 3)
-    missing = (luma - colour @ LUMA) / (255 - colour @ LUMA)
-    return colour + max(0.0, missing) * (255 - colour)
-
-
-def _ink(digit: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """(32, 32) in [0, 1], 1 where the enlarged, turned and shifted digit covers the image."""
-    angle, zoom = np.deg2rad(random.uniform(-SLANT, SLANT)), random.uniform(*ZOOM)
-    x, y = SIZE / 2 + random.uniform(-SHIFT, SHIFT, 2)
-    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
-    # Maps a point of the image to one of the digit, whose centre, with the margin, is (8, 8).
-    inverse = (cos, sin, 8 - cos * x - sin * y, -sin, cos, 8 + sin * x - cos * y)
-    small = Image.fromarray(np.pad(np.rint(digit * (255 / 16)).astype(np.uint8), 4))
-    large = small.transform((SIZE, SIZE), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
-    low, high = INK
-    return np.clip((np.asarray(large) / 255 - low) / (high - low), 0, 1)
+    All four numbers are in [0, 1), from the least to the most.
+    """
+    angle, zoom = math.radians(SLANT * (2 * slant - 1)), ZOOM[0] + (ZOOM[1] - ZOOM[0]) * size
+    x, y = SIZE / 2 + SHIFT * (2 * across - 1), SIZE / 2 + SHIFT * (2 * down - 1)
+    cos, sin, centre = math.cos(angle) / zoom, math.sin(angle) / zoom, len(digit) / 2
+    # Maps a point of the image to one of the digit: (x, y) to its centre.
+    inverse = (cos, sin, centre - cos * x - sin * y, -sin, cos, centre + sin * x - cos * y)
+    image = Image.fromarray(digit)
+    return np.asarray(
+        image.transform((SIZE, SIZE), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
+    )

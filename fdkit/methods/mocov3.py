@@ -100,7 +100,7 @@ class MoCoV3(Method):
         views: two (B, 3, H, W) tensors in [0, 1]; progress: share of all optimiser steps done, as steps / total.
         loss: sum over both directions of 2 * temperature * cross-entropy.
         positive_similarity: mean cosine of a query and its key; top1: share of queries nearest to their own key.
-        feature_std: of the student's features (queries would hide a collapse behind their batch norm); see `feature_std`.
+        feature_std: of the student's features, since queries would hide a collapse behind their batch norm.
         """
         is_learning = self.training and torch.is_grad_enabled()
         pooling = self.config.pooling
@@ -170,7 +170,8 @@ def contrast(queries: Tensor, keys: Tensor, *, temperature: float, first_label: 
 def feature_std(features: Tensor) -> Tensor:
     """Standard deviation over rows (B, d), scaled to length 1, averaged over the d components; a scalar.
 
-    At most 1 / sqrt(d), for rows in all directions; 0 for equal rows, as in a collapse. Source: Chen and He 2021 (SimSiam), section 4.1.
+    At most 1 / sqrt(d), for rows in all directions; 0 for equal rows, as in a collapse.
+    Source: Chen and He 2021 (SimSiam), section 4.1.
     """
     return _unit_rows(features).std(dim=0, unbiased=False).mean()
 
