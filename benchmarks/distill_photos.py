@@ -35,9 +35,9 @@ def main() -> None:
         seed=arguments.seed,
         views={"image_size": arguments.image_size, "min_scale": 0.25},
         student={"drop_path": 0.0},
-        train={"epochs": arguments.epochs, "batch_size": 64, "log_every_steps": 20, "save_every_minutes": 5},
+        train={"epochs": arguments.epochs, "batch_size": 32, "log_every_steps": 50, "save_every_minutes": 5},
         optim={
-            "lr": 1.2e-3,
+            "lr": 8e-4,
             "lr_reference_batch": None,
             "warmup_lr": 1e-6,
             "min_lr": 1e-5,
@@ -124,8 +124,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder with train/ and test/ of class folders")
     parser.add_argument("--run", required=True, help="run folder; continued if it is there")
     parser.add_argument("--output", required=True, help="JSON file for the numbers")
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--epochs", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import tyro
 from pydantic import Field
 
-from fdkit.config import Config, Values, find_recipe, read_yaml, recipe_names, validate
+from fdkit.config import C, Config, Values, find_recipe, read_yaml, recipe_names, validate
 from fdkit.errors import OutputError
 from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.teacher import Teacher
@@ -83,7 +83,7 @@ def config_of(function: Callable[..., Any]) -> type[Config]:
     return get_type_hints(function)["config"]
 
 
-def resolve(kind: type[Config], values: Values, command: str, choice: str) -> Config:
+def resolve(kind: type[C], values: Values, command: str, choice: str) -> C:
     """The configuration of a call from Python: the recipe named or implied, then the given values over it."""
     asked = values.pop("recipe", None)
     named = f"{command}/{choice}"

@@ -25,13 +25,16 @@ def parse_flags(kind: type[Config], arguments: Sequence[str], recipe: Values, pr
     """
     registry = ConstructorRegistry()
     registry.struct_rule(_rule)
-    return tyro.cli(
-        kind,
+    shape: Any = kind  # what tyro returns is the dictionary that _collector makes of it
+    defaults: Any = kind.model_construct(**recipe)
+    values: Values = tyro.cli(
+        shape,
         args=list(_words(kind, arguments)),
-        default=kind.model_construct(**recipe),
+        default=defaults,
         prog=program,
         registry=registry,
     )
+    return values
 
 
 def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:

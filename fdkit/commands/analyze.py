@@ -62,11 +62,9 @@ def choices() -> list[str]:
 def config_class(choice: str) -> type[Config]:
     """The configuration of one analysis: the command's fields and its own."""
     own = config_of(plugin("analysis", choice).analyze)
+    fields: dict[str, Any] = {"analysis": (Literal[choice], Field(default=choice, exclude=True))}
     return create_model(
-        f"Analyze_{choice}",
-        __base__=(AnalyzeConfig, own),
-        __doc__=AnalyzeConfig.__doc__,
-        analysis=(Literal[choice], Field(default=choice, exclude=True)),  # type: ignore[valid-type]
+        f"Analyze_{choice}", __base__=(AnalyzeConfig, own), __doc__=AnalyzeConfig.__doc__, **fields
     )
 
 

@@ -170,7 +170,6 @@ def _distill(config: DemoConfig, teacher: str) -> Path:
         "device": config.device,
     }
     base = resolve(distill_command.DistillConfig, dict(values), "distill", "demo")
-    assert isinstance(base, distill_command.DistillConfig)
     num_images, built_in = len(open_source(config.data, "train")), len(open_source("demo", "train"))
     batch_size = min(base.train.batch_size, num_images)
     steps = config.steps or round(base.train.epochs * (built_in // base.train.batch_size))
@@ -179,7 +178,6 @@ def _distill(config: DemoConfig, teacher: str) -> Path:
     values["optim"] = {"warmup_epochs": min(base.optim.warmup_epochs, epochs / 10)}
     values["views"] = {"image_size": load_teacher(teacher).image_size}
     settings = resolve(distill_command.DistillConfig, values, "distill", "demo")
-    assert isinstance(settings, distill_command.DistillConfig)
     return Path(distill_command.run(settings, handle_signals=False).numbers["run"])
 
 
@@ -189,7 +187,6 @@ def _models(teacher_name: str, run: Path, config: DemoConfig) -> dict[str, Teach
     settings = resolve(
         distill_command.DistillConfig, {"teacher": teacher_name, "data": config.data}, "distill", "demo"
     )
-    assert isinstance(settings, distill_command.DistillConfig)
     start = build_student(settings.student, teacher.backbone, image_size=student.image_size, seed=config.seed)
     return {
         "teacher": teacher,

@@ -58,11 +58,9 @@ def choices() -> list[str]:
 def config_class(choice: str) -> type[Config]:
     """The configuration of one evaluator: the command's fields and its own."""
     own = config_of(plugin("evaluation", choice).evaluate)
+    fields: dict[str, Any] = {"evaluator": (Literal[choice], Field(default=choice, exclude=True))}
     return create_model(
-        f"Evaluate_{choice}",
-        __base__=(EvaluateConfig, own),
-        __doc__=EvaluateConfig.__doc__,
-        evaluator=(Literal[choice], Field(default=choice, exclude=True)),  # type: ignore[valid-type]
+        f"Evaluate_{choice}", __base__=(EvaluateConfig, own), __doc__=EvaluateConfig.__doc__, **fields
     )
 
 

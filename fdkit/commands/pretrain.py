@@ -31,7 +31,7 @@ def config_class(choice: str) -> type[Config]:
     build = plugin("methods", choice).build
     own, views = config_of(build), get_type_hints(build)["views"]
     sections: dict[str, Any] = {
-        "method": (Literal[choice], Field(default=choice)),  # type: ignore[valid-type]
+        "method": (Literal[choice], Field(default=choice)),
         choice.replace("-", "_"): (own, Field(default=own())),
         "views": (views, Field(default=views())),
     }

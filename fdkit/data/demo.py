@@ -1,9 +1,9 @@
 """The built-in demonstration set: coloured handwritten digits, 32 x 32, made on opening from scikit-learn's 8 x 8 ones.
 
 The shape of the stroke tells the digit. Every stroke is as much brighter than its flat background, but the hues of
-both and the size, place and slant of the digit are drawn anew in every image, so that pixels tell little: among raw
-pixels, the 20 cosine nearest neighbours get 43 % of the test images right (chance is 10 %), where shape and place
-alone, without hue, would give 74 %.
+both and the size, place and slant of the digit are drawn anew in every image, so that pixels tell little. Of the test
+images the 20 cosine nearest neighbours get right: 43 % by raw pixels, and 86 % by pixels turned grey, the invariance
+that a model has to find by itself. Chance is 10 %.
 
 Brightness is the same in all images by design, and no photo lies behind a digit: whatever tells images apart more
 easily than shape, and both views of an image share, self-supervised training learns instead of shape.

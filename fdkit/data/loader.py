@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ log = logging.getLogger("fdkit")
 
 MAX_AUTO_WORKERS = 12
 MAX_BAD_IN_A_ROW = 100
+_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ORDER, _VIEWS = 0, 1  # what a stream of random numbers is for
 
 Slot = tuple[int, int]
@@ -302,7 +304,9 @@ def _run(dataset: _ViewsOfImages, slots: Any, config: LoaderConfig, bad_images: 
 
 def _batches(loader: DataLoader[_Item], bad_images: BadImages, *, strict: bool) -> Iterator[Batch]:
     try:
-        for collated in loader:
+        with _trainers_signals_blocked():
+            workers = iter(loader)
+        for collated in workers:
             bad_images.add([BadImage(path, reason) for path, reason in collated.bad])
             if strict and not collated.complete:
                 bad_images.stop()
@@ -317,10 +321,25 @@ def _batches(loader: DataLoader[_Item], bad_images: BadImages, *, strict: bool) 
         ) from error
 
 
+@contextmanager
+def _trainers_signals_blocked() -> Iterator[None]:
+    """Workers started inside begin with the trainer's signals blocked, until they have handlers of their own."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_trainer(worker: int) -> None:
     """Ctrl-C, and a first SIGTERM, are the trainer's to answer: it still needs its workers until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _die_of_the_next)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)
 
 
 def _die_of_the_next(number: int, frame: FrameType | None) -> None:

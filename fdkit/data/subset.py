@@ -12,7 +12,7 @@ from fdkit.data.sources import ImageSource
 class Subset:
     """The images of a source at the given positions, in that order; classes keep their numbers."""
 
-    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
         self.source = source
         self.indices = np.asarray(indices, dtype=np.int64)
         self.name = source.name

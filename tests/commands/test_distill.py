@@ -36,11 +36,15 @@ TINY: dict[str, Any] = {
     ],
     ids=str,
 )
-def test_every_design_choice_trains_and_differs_from_the_default(choice: dict[str, Any], tmp_path: Path) -> None:
+def test_every_design_choice_trains_and_differs_from_the_default(
+    choice: dict[str, Any], tmp_path: Path
+) -> None:
     base = {"student": {"depth": 2}}
     plain = distill(**TINY, **base, output=tmp_path / "plain")
     varied = distill(**TINY, **(base | choice), output=tmp_path / "varied")
-    losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in (plain, varied)]
+    losses = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in (plain, varied)
+    ]
     weights = [safetensors.torch.load_file(run / "student.safetensors") for run in (plain, varied)]
     changed = weights[0].keys() != weights[1].keys() or any(
         not weights[0][key].equal(weights[1][key]) for key in weights[0]
@@ -60,7 +64,11 @@ def test_a_swin_teacher_makes_a_swin_v2_student(tmp_path: Path) -> None:
 
 
 def test_teacher_and_student_may_have_different_patches_and_sizes(tmp_path: Path) -> None:
-    values = TINY | {"teacher": "timm:vit_small_patch14_dinov2", "image_size": 42, "views": {"image_size": 64}}
+    values = TINY | {
+        "teacher": "timm:vit_small_patch14_dinov2",
+        "image_size": 42,
+        "views": {"image_size": 64},
+    }
     student = {"depth": 2, "width": 96, "num_heads": 3, "patch_size": 16}
     folder = distill(**values, student=student, output=tmp_path / "run")
     facts = json.loads((folder / "run.json").read_text())
