@@ -175,6 +175,7 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("fdkit")
     if not logger.handlers:
         handler = logging.StreamHandler()
+        handler.setLevel(logging.INFO)  # a run's log file takes more
         handler.setFormatter(_Prefix("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fdkit import __version__
 from fdkit.analysis._analysis import Analysis
 from fdkit.data.sources import ImageSource
@@ -117,13 +119,13 @@ def _bars(rows: list[Measured], chance: float, width: float) -> Any:
 
 def _image_section(story: Story) -> Section:
     source = story.images
-    places = [round(i * len(source) / NUM_THUMBNAILS) for i in range(min(NUM_THUMBNAILS, len(source)))]
+    places = np.random.default_rng(0).permutation(len(source))[:NUM_THUMBNAILS].tolist()
     gallery = [thumbnail(source.read(place), _label(source, place)) for place in places]
     words = ["Some of the images that were measured on."]
     if story.data == "demo":
         words = [
-            "Handwritten digits, coloured, turned, scaled and shifted, on crops of two photographs, made "
-            "from data that scikit-learn carries. Plain digits would be no test: raw pixels solve them at 98 %."
+            "Handwritten digits in random hues, turned, scaled and shifted, made from data that scikit-learn carries. "
+            "Plain digits would be no test: raw pixels solve them at 98 %."
         ]
     return Section("Images", words, gallery=gallery)
 

@@ -40,6 +40,8 @@ class MoCoV3Config(Config):
     """What the projector reads: the class token, or the mean of the patch tokens, after the final norm."""
     freeze_patch_projection: bool = True
     """Keep the patch projection of a vision transformer at its random start; false for other networks."""
+    crop_ratio: float = Field(default=0.875, gt=0, le=1)
+    """image_size / short side when the trained network is evaluated; 1 for images that are as small as the input."""
     hidden_dim: int = Field(default=4096, ge=1)
     """Width of the hidden layers of projector and predictor."""
     output_dim: int = Field(default=256, ge=2)
@@ -199,7 +201,9 @@ def build_student(config: MoCoV3Config, *, image_size: int) -> Backbone:
             f"mocov3.model_args.img_size is {args['img_size']}, but the views are {image_size} pixels wide",
             "set views.image_size alone",
         )
-    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, image_size, interpolation="bilinear")
+    preprocessing = Preprocessing(
+        IMAGENET_MEAN, IMAGENET_STD, image_size, config.crop_ratio, interpolation="bilinear"
+    )
     student = build_timm(config.architecture, args, preprocessing=preprocessing)
     if is_vit:
         _prepare_vit(student.network, config)

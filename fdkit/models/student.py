@@ -37,6 +37,8 @@ class StudentConfig(Config):
     """Number of blocks of a ViT student; left out, the teacher's."""
     num_heads: int | None = Field(default=None, ge=1)
     """Attention heads of a ViT student; left out, as many as keep the teacher's width per head."""
+    crop_ratio: float = Field(default=0.875, gt=0, le=1)
+    """image_size / short side when the trained network is evaluated; 1 for images that are as small as the input."""
     patch_size: int | None = Field(default=None, ge=1)
     """Patch size of a ViT student in pixels; left out, the teacher's."""
 
@@ -47,7 +49,7 @@ def build_student(config: StudentConfig, teacher: Backbone, *, image_size: int, 
     Raises ConfigError if the teacher is neither a ViT nor a Swin and no name is given, if an option has no effect
     on the student asked for, or if sizes do not divide.
     """
-    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, image_size)
+    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, image_size, config.crop_ratio)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.name is not None:

@@ -284,10 +284,24 @@ def environment() -> dict[str, Any]:
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    hardware: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}
+    hardware: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     if torch.cuda.is_available():
         hardware["cuda"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"versions": versions, "commit": _commit(), "hardware": hardware}
+
+
+def _cpu_name() -> str:
+    """The processor's model, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _outcome(error: BaseException | None) -> tuple[State, int]:

@@ -1,7 +1,9 @@
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -255,12 +257,22 @@ def test_a_worker_that_hangs_is_not_waited_for() -> None:
 
 
 def worker_ids() -> list[int]:
-    import multiprocessing
-
     return [process.pid for process in multiprocessing.active_children()]
 
 
-def test_workers_outlive_the_signals_meant_for_the_trainer_and_end_with_the_iterator() -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_workers_outlive_the_trainers_signals_and_end_with_the_iterator(monkeypatch, early: bool) -> None:
+    def send(pid: int) -> None:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+
+    def start_and_send(process: BaseProcess) -> None:
+        start(process)
+        send(process.pid)
+
+    start = BaseProcess.start
+    if early:
+        monkeypatch.setattr(BaseProcess, "start", start_and_send)
     before = set(worker_ids())
     batches = batches_of(
         source(), VIEWS, LoaderConfig(workers=2), batch_size=6, seed=5, start_step=0, num_steps=60
@@ -268,9 +280,9 @@ def test_workers_outlive_the_signals_meant_for_the_trainer_and_end_with_the_iter
     next(batches)
     mine = set(worker_ids()) - before
     assert len(mine) == 2
-    for pid in mine:
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
+    if not early:
+        for pid in mine:
+            send(pid)
     assert len(list(itertools.islice(batches, 58))) == 58
     batches.close()
     assert not set(worker_ids()) & mine
