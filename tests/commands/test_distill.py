@@ -20,6 +20,12 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of the default choices."""
+    return distill(**TINY, student={"depth": 2}, output=tmp_path_factory.mktemp("plain") / "run")
+
+
 @pytest.mark.parametrize(
     "choice",
     [
@@ -37,11 +43,9 @@ TINY: dict[str, Any] = {
     ids=str,
 )
 def test_every_design_choice_trains_and_differs_from_the_default(
-    choice: dict[str, Any], tmp_path: Path
+    choice: dict[str, Any], plain: Path, tmp_path: Path
 ) -> None:
-    base = {"student": {"depth": 2}}
-    plain = distill(**TINY, **base, output=tmp_path / "plain")
-    varied = distill(**TINY, **(base | choice), output=tmp_path / "varied")
+    varied = distill(**TINY, **({"student": {"depth": 2}} | choice), output=tmp_path / "varied")
     losses = [
         json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in (plain, varied)
     ]
@@ -82,8 +86,7 @@ def test_an_option_without_effect_is_refused(tmp_path: Path) -> None:
         distill(**TINY, student={"name": "resnet10t", "position": "rpb"}, output=tmp_path / "run")
 
 
-def test_logits_of_a_teacher_without_a_head_are_refused(tmp_path: Path) -> None:
-    run = distill(**TINY, student={"depth": 2}, output=tmp_path / "teacher")
+def test_logits_of_a_teacher_without_a_head_are_refused(plain: Path, tmp_path: Path) -> None:
     values = {key: value for key, value in TINY.items() if key not in ("pretrained", "image_size", "teacher")}
     with pytest.raises(ConfigError, match="logits"):
-        distill(teacher=run, **values, distillation={"target": "logits"}, output=tmp_path / "run")
+        distill(teacher=plain, **values, distillation={"target": "logits"}, output=tmp_path / "run")
