@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from fdkit.data.loader import Batch, LoaderConfig, training_batches
+from fdkit.data.loader import BadImages, Batch, LoaderConfig, training_batches
 from fdkit.data.sources import ImageSource
 from fdkit.errors import ConfigError, NumericsError, PreemptedError, ResourceError, WeightsError
 from fdkit.methods._method import Method
@@ -215,13 +215,16 @@ class Trainer:
         self.stop = stop
         self.clock = Clock(self.plan.batch_size)  # again, so that building is not counted
         progress = Progress(self.plan.num_steps, self.step, visible=self.world.is_main)
+        bad_images = BadImages(self.source, loader.max_bad_ratio)
         try:
-            for batch in self.timed(self.batches(loader)):
+            for batch in self.timed(self.batches(loader, bad_images)):
                 verdicts = self.update(batch)
                 self.clock.finished_step()
                 self.between_steps(verdicts, monitors, progress)
         finally:
             progress.close()
+            if bad_images.reasons:
+                self.run.update(unreadable_images=bad_images.reasons)
         assert self.step == self.plan.num_steps, f"{self.step} of {self.plan.num_steps} steps done"
 
     def between_steps(self, verdicts: list[Verdict], monitors: Sequence[Monitor], progress: Progress) -> None:
@@ -244,7 +247,7 @@ class Trainer:
         if stops and not is_last:
             self.preempt()
 
-    def batches(self, loader: LoaderConfig) -> Iterator[Batch]:
+    def batches(self, loader: LoaderConfig, bad_images: BadImages) -> Iterator[Batch]:
         """The share of this process in every batch that is left."""
         return training_batches(
             self.source,
@@ -256,6 +259,7 @@ class Trainer:
             num_steps=self.plan.num_steps,
             rank=self.world.rank,
             world_size=self.world.size,
+            bad_images=bad_images,
         )
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
