@@ -39,9 +39,8 @@ def test_the_official_distillations_hold_the_official_numbers(
 ) -> None:
     from fdkit.training.schedule import build_schedule
 
-    config: Any = validate(
-        distill.DistillConfig, {**read_yaml(find_recipe(name, "distill")), "data": "x"}, name
-    )
+    values = {"teacher": "x", "data": "x", **read_yaml(find_recipe(name, "distill"))}
+    config: Any = validate(distill.DistillConfig, values, name)
     assert (config.train.epochs, config.views.min_scale, config.student.drop_path) == (
         epochs,
         min_scale,
