@@ -48,10 +48,12 @@ def record(run: Path) -> dict[str, Any]:
     """What the teacher is, how its training went, and how good its frozen features are."""
     facts = json.loads((run / "run.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train, test = (raw_pixels(open_source("demo", split)) for split in ("train", "test"))
+    train, test = (raw_pixels(open_source("demo", split), crop_ratio=0.875) for split in ("train", "test"))
+    grey = [part._replace(values=part.values.view(-1, 3, 32 * 32).mean(1)) for part in (train, test)]
     pixels = {
         "knn": knn.evaluate(train, test, knn.KNNConfig())["top1"],
         "linear": linear.evaluate(train, test, linear.LinearConfig())["top1"],
+        "grey_knn": knn.evaluate(*grey, knn.KNNConfig())["top1"],
     }
     return {
         "command": "fdkit pretrain mocov3 --recipe demo --data demo --loader.workers 0",

@@ -80,7 +80,9 @@ def run(config: DemoConfig) -> Outcome:
     console.print("measuring frozen features")
     measured = [_measure(name, model, splits, device) for name, model in models.items()]
     if splits.train is not None and splits.test is not None:
-        measured.append(_accuracies("raw pixels", raw_pixels(splits.train), raw_pixels(splits.test)))
+        seen = models["teacher"].backbone.preprocessing.crop_ratio  # pixels of what the networks are shown
+        pixels = (raw_pixels(part, crop_ratio=seen) for part in (splits.train, splits.test))
+        measured.append(_accuracies("raw pixels", *pixels))
     console.print("measuring attention distance")
     images = splits.test or open_source(config.data, "all")
     observed = [Observed(name, model, _batches(model, images)) for name, model in models.items()]

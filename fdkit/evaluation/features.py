@@ -79,14 +79,22 @@ def extract_features(
     return features._replace(info=info | features.info)
 
 
-def raw_pixels(source: ImageSource, image_size: int = 32, *, loader: LoaderConfig | None = None) -> Features:
+def raw_pixels(
+    source: ImageSource, image_size: int = 32, *, crop_ratio: float = 1.0, loader: LoaderConfig | None = None
+) -> Features:
     """The centre crops themselves as features, (N, 3 * image_size**2): what a network has to be better than.
 
-    image_size in pixels; the crop keeps the whole short side. Raises DataError if the source has no labels.
+    image_size in pixels; crop_ratio: image_size / short side after resizing, 1 keeps the whole short side.
+    Raises DataError if the source has no labels.
     """
-    views = CenterCrop(image_size=image_size, crop_ratio=1.0, interpolation="bicubic")
+    views = CenterCrop(image_size=image_size, crop_ratio=crop_ratio, interpolation="bicubic")
     features = encode_source(lambda images: images.flatten(1), source, views, loader=loader)
-    info = {"model": "raw pixels", "image_size": image_size, "crop_ratio": 1.0, "interpolation": "bicubic"}
+    info = {
+        "model": "raw pixels",
+        "image_size": image_size,
+        "crop_ratio": crop_ratio,
+        "interpolation": "bicubic",
+    }
     return features._replace(info=info | features.info)
 
 
