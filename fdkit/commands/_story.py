@@ -125,8 +125,9 @@ def _image_section(story: Story) -> Section:
     if story.data == "demo":
         words = [
             "Handwritten digits in random hues, turned, scaled and shifted, made from data that scikit-learn carries. "
-            "Plain digits would be no test: raw pixels solve them. Here the hue is what is hard: turned grey, pixels "
-            "alone would reach 87 %, so what a network has to find out, without a label, is that colour does not matter."
+            "Plain digits would be no test: raw pixels solve them. Here it is the hue that makes them hard: from the "
+            "luma alone, pixels would do far better. What a network has to find out, without a label, is that colour "
+            "does not matter and shape does.",
         ]
     return Section("Images", words, gallery=gallery)
 
