@@ -8,18 +8,14 @@ One run, one seed: differences of a few points between models say little; the JS
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fdkit
 from fdkit.models.libraries import save_backbone
 from fdkit.models.student import StudentConfig, build_student
+from fdkit.training.run import environment
 
 
 def main() -> None:
@@ -98,24 +94,6 @@ def untrained_student(arguments: argparse.Namespace, folder: Path) -> Path:
     target.mkdir(exist_ok=True)
     save_backbone(start, target)
     return target
-
-
-def environment() -> dict[str, Any]:
-    """Hardware, versions and commit behind the numbers."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "CPU",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit,
-    }
 
 
 def read_arguments() -> argparse.Namespace:
