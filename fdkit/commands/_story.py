@@ -174,10 +174,10 @@ def _attention_section(story: Story) -> Section:
 def _meaning_section(story: Story) -> Section:
     words = [
         "It shows that the path works on these images: a network that started from random weights learned from a "
-        "teacher's features alone, without a label, and the accuracies say how much. A high share of explained variance "
-        "is less than it seems, because much of the variance of features is the same in all images.",
-        "It does not show that the student is better than its teacher. That is reported by the papers after fine-tuning "
-        "on ImageNet and hundreds of epochs of distillation. One run with one seed says nothing about differences of a "
+        "teacher's features alone, without a label, and the accuracies say how much. A high share of explained "
+        "variance is less than it seems, because much of the variance of features is the same in all images.",
+        "It does not show that the student is better than its teacher. That is reported by the papers after "
+        "fine-tuning on ImageNet and hundreds of epochs of distillation. One run with one seed says nothing about differences of a "
         "few points.",
     ]
     return Section("What this shows, and what it does not", words)
