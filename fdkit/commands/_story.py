@@ -177,8 +177,8 @@ def _meaning_section(story: Story) -> Section:
         "teacher's features alone, without a label, and the accuracies say how much. A high share of explained "
         "variance is less than it seems, because much of the variance of features is the same in all images.",
         "It does not show that the student is better than its teacher. That is reported by the papers after "
-        "fine-tuning on ImageNet and hundreds of epochs of distillation. One run with one seed says nothing about differences of a "
-        "few points.",
+        "fine-tuning on ImageNet and hundreds of epochs of distillation. One run with one seed says nothing "
+        "about differences of a few points.",
     ]
     return Section("What this shows, and what it does not", words)
 
