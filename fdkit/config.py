@@ -105,9 +105,7 @@ def read_yaml(path: Path) -> Values:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML: what `--recipe` reads back to an equal configuration."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True
-    )
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_StrictDumper, sort_keys=False)
 
 
 def recipes_folder() -> Path:

@@ -8,6 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+torch.set_num_threads(
+    1
+)  # sums, and so bits, depend on the number of threads; tests start processes of one thread
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 

@@ -26,7 +26,7 @@ from training_toys import (
 )
 
 import fdkit.training.loop as module
-from fdkit.data.loader import training_batches
+from fdkit.data.loader import BadImages, training_batches
 from fdkit.errors import ConfigError, NumericsError, ResourceError, WeightsError
 from fdkit.methods._method import Method
 from fdkit.training.checkpoint import list_steps, step_of
@@ -345,7 +345,7 @@ def test_reading_flags_a_step_late_still_makes_no_bad_update(tmp_path: Path) -> 
             device=CPU,
         )  # fmt: skip
         trainer.votes = Votes(ALONE, CPU, lag=1)
-        batches = trainer.batches(chosen["loader"])
+        batches = trainer.batches(chosen["loader"], BadImages(Pictures(), 0.5))
         for _ in range(4):
             trainer.update(next(batches))
         before = {name: value.clone() for name, value in method.student.state_dict().items()}
