@@ -2,8 +2,8 @@
 
 A step: batch to the device, forward and backward over its parts, clip, agree with the other processes, update. State
 is the method, the optimiser, the step and the random generators; batches are a function of the step. So a run that is
-killed and resumed ends in the same bits (on one kind of hardware with deterministic kernels,
-such as a CPU, and the same number of threads).
+killed and resumed ends in the same bits, given deterministic kernels (as on a CPU), one kind of hardware, and the same
+number of threads.
 """
 
 import errno
