@@ -4,7 +4,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +12,13 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import tyro
 from pydantic import Field
+from torch import Tensor
 
 from fdkit.config import C, Config, Values, find_recipe, read_yaml, recipe_names, validate
+from fdkit.data.loader import LoaderConfig, evaluation_batches
+from fdkit.data.sources import ImageSource
 from fdkit.errors import OutputError
+from fdkit.evaluation.features import evaluation_crop
 from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.teacher import Teacher
 
@@ -104,6 +108,15 @@ def default_output(*parts: str) -> Path:
     """A fresh folder under runs/ named after the parts and the time, such as runs/distill-demo-20261121-213600."""
     words = [re.sub(r"[^\w.]+", "-", part).strip("-")[:60] for part in parts]
     return Path("runs") / "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
+
+
+def evaluation_images(
+    model: Teacher, source: ImageSource, loader: LoaderConfig, *, batch_size: int
+) -> Iterator[Tensor]:
+    """The model's own evaluation crops of the images in order, (B, 3, H, W) in [0, 1], batch by batch."""
+    views = evaluation_crop(model.backbone.preprocessing)
+    for batch in evaluation_batches(source, views, loader, batch_size=batch_size):
+        yield views.finish(batch.crops, batch.colour)[0]
 
 
 def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:

@@ -1,6 +1,6 @@
 """`fdkit analyze attention-distance MODEL [MODEL ...] --data PATH`: what differs between models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +8,6 @@ import tyro
 from pydantic import Field, create_model
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from fdkit.analysis._figure import save_figure
 from fdkit.analysis.observe import Observed
@@ -18,6 +17,7 @@ from fdkit.commands._command import (
     Outcome,
     config_of,
     default_output,
+    evaluation_images,
     plugin,
     plugins,
     refuse_existing,
@@ -25,11 +25,9 @@ from fdkit.commands._command import (
     write_result,
 )
 from fdkit.config import Config
-from fdkit.data.loader import LoaderConfig, evaluation_batches
-from fdkit.data.sources import ImageSource, open_source
-from fdkit.data.views import CenterCrop
+from fdkit.data.loader import LoaderConfig
+from fdkit.data.sources import open_source
 from fdkit.errors import ConfigError
-from fdkit.teachers.teacher import Teacher
 from fdkit.training.distributed import local_device
 
 SHARED_FILES = {"observe"}
@@ -79,7 +77,7 @@ def run(config: Any) -> Outcome:
     source = open_source(config.data, config.split)
     models = [config.load(name, seed=config.seed).to(device) for name in config.model]
     observed = [
-        Observed(name, model, _images(model, source, config))
+        Observed(name, model, evaluation_images(model, source, config.loader, batch_size=config.batch_size))
         for name, model in zip(_labels(config.model), models, strict=True)
     ]
     analysis = plugin("analysis", config.analysis).analyze(observed, config)
@@ -99,16 +97,6 @@ def analyze(
     names = [model] if isinstance(model, (str, Path)) else list(model)
     values = {"model": tuple(str(name) for name in names), "data": str(data), **fields}
     return run(resolve(config_class(analysis), values, "analyze", analysis)).numbers
-
-
-def _images(model: Teacher, source: ImageSource, config: Any) -> Iterator[Tensor]:
-    """The model's own evaluation crops of the first images, batch by batch."""
-    want = model.backbone.preprocessing
-    views = CenterCrop(
-        image_size=want.image_size, crop_ratio=want.crop_ratio, interpolation=want.interpolation
-    )
-    for batch in evaluation_batches(source, views, config.loader, batch_size=config.batch_size):
-        yield views.finish(batch.crops, batch.colour)[0]
 
 
 def _labels(names: Sequence[str]) -> list[str]:

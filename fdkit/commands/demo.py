@@ -13,13 +13,12 @@ from fdkit.analysis import attention_distance
 from fdkit.analysis.observe import Observed
 from fdkit.commands import distill as distill_command
 from fdkit.commands import pretrain as pretrain_command
-from fdkit.commands._command import Command, Outcome, resolve, write_result
+from fdkit.commands._command import Command, Outcome, evaluation_images, resolve, write_result
 from fdkit.commands._story import Measured, Story, write_story
 from fdkit.config import Config
-from fdkit.data.loader import LoaderConfig, evaluation_batches
+from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import ImageSource, open_source
 from fdkit.data.subset import Subset, held_out
-from fdkit.data.views import CenterCrop
 from fdkit.errors import ConfigError, DataError, OutputError
 from fdkit.evaluation import knn, linear
 from fdkit.evaluation.features import Features, extract_features, raw_pixels
@@ -85,7 +84,10 @@ def run(config: DemoConfig) -> Outcome:
         measured.append(_accuracies("raw pixels", *pixels))
     console.print("measuring attention distance")
     images = splits.test or open_source(config.data, "all")
-    observed = [Observed(name, model, _batches(model, images)) for name, model in models.items()]
+    observed = [
+        Observed(name, model, evaluation_images(model, images, LoaderConfig(), batch_size=32))
+        for name, model in models.items()
+    ]
     settings = attention_distance.AttentionDistanceConfig(num_images=NUM_ANALYZED)
     distances = attention_distance.analyze(observed, settings)
     story = Story(
@@ -155,6 +157,10 @@ def _teacher(config: DemoConfig, console: Console) -> str:
         "seed": config.seed,
         "device": config.device,
     }
+    if config.data != "demo":
+        values["monitor"] = {
+            "every_epochs": 0
+        }  # it needs labels and a test split, which own images may not have
     outcome = pretrain_command.run(
         resolve(pretrain_command.config_class("mocov3"), values, "pretrain", "demo"), handle_signals=False
     )
@@ -217,15 +223,6 @@ def _accuracies(name: str, train: Features, test: Features) -> Measured:
             "num_classes": len(test.classes),
         },
     )
-
-
-def _batches(model: Teacher, source: ImageSource) -> Any:
-    want = model.backbone.preprocessing
-    views = CenterCrop(
-        image_size=want.image_size, crop_ratio=want.crop_ratio, interpolation=want.interpolation
-    )
-    for batch in evaluation_batches(source, views, LoaderConfig(), batch_size=32):
-        yield views.finish(batch.crops, batch.colour)[0]
 
 
 def _show(measured: list[Measured], story: Story, page: Path) -> None:
