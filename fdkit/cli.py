@@ -101,7 +101,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(json.dumps(outcome.numbers, indent=2))
     else:
         outcome.show()
-    return 0
+    return int(outcome.exit_code)
 
 
 def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, get_type_hints
 
 import tyro
 from pydantic import Field
@@ -37,8 +37,14 @@ class Command(Config):
 class ModelOptions(Config):
     """How a MODEL is loaded; fields of every command that takes one."""
 
+    ALIASES: ClassVar[dict[str, str]] = {"--arch": "--architecture"}
+
     architecture: str | None = None
-    """timm model (or open_clip:ARCH) of the network in a checkpoint file, where the file does not tell."""
+    """timm model, open_clip:ARCH or catalog name of the network in a checkpoint file, where the file does not tell;
+    --arch for short."""
+    checkpoint_key: str | None = None
+    """Which network of a training checkpoint, such as student or momentum_encoder; none means the one the official
+    code evaluates."""
     image_size: int | None = Field(default=None, ge=1)
     """Height and width of the network's input in pixels; none means its own."""
     mean: tuple[float, float, float] | None = None
@@ -48,18 +54,13 @@ class ModelOptions(Config):
     pretrained: bool = True
     """Whether weights are loaded; `--pretrained false` gives random ones, as a control."""
 
-    def load(self, name: str, *, seed: int = 0, keep_head: bool = False) -> Teacher:
-        """The model `name` with these options; seed: of random weights; keep_head: with its own classifier."""
-        return load_teacher(
-            name,
-            architecture=self.architecture,
-            image_size=self.image_size,
-            mean=self.mean,
-            std=self.std,
-            pretrained=self.pretrained,
-            seed=seed,
-            keep_head=keep_head,
-        )
+    def loading(self) -> dict[str, Any]:
+        """These options as arguments of `load_teacher`."""
+        return {name: getattr(self, name) for name in ModelOptions.model_fields if name != "checkpoint_key"}
+
+    def load(self, name: str, **options: Any) -> Teacher:
+        """The model `name` with these options and further ones of `load_teacher`, such as seed and keep_head."""
+        return load_teacher(name, **self.loading(), **options)
 
 
 class Outcome(NamedTuple):
@@ -67,6 +68,7 @@ class Outcome(NamedTuple):
 
     numbers: dict[str, Any]
     show: Callable[[], None]
+    exit_code: int = 0
 
 
 def plugins(package: str) -> list[str]:

@@ -109,7 +109,7 @@ def nested_config(annotation: Any) -> type[Config] | None:
 def _words(kind: type[Config], arguments: Sequence[str]) -> Iterator[str]:
     """The arguments as tyro wants them: `--flag true` as a switch, `10,20` as two numbers, aliases written out."""
     switches = set(_switches(kind))
-    aliases: dict[str, str] = getattr(kind, "ALIASES", {})
+    aliases = {short: flag for base in kind.__mro__ for short, flag in vars(base).get("ALIASES", {}).items()}
     queue = list(arguments)
     while queue:
         word = queue.pop(0)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdkit.errors import ConfigError
+from fdkit.models.folding import Statistics, fold, folded_statistics
 
 
 class Tokens(NamedTuple):
@@ -67,10 +68,8 @@ class Backbone(nn.Module):
         `build_backbone` makes the same network again without weights.
     logits_of: maps (network, normalised images) to (B, K), the output of the model's own head: class
         logits, or CLIP's projected embedding; None if the model was built without one.
+    The network may be of any dtype: images are resized and normalised in float32 and cast last.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -93,27 +92,67 @@ class Backbone(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.preprocessing = preprocessing
         self.recipe = {**recipe, "preprocessing": preprocessing.to_json()}
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
+        self.statistics = Statistics(preprocessing.mean, preprocessing.std)
 
     @property
     def image_size(self) -> int:
         """Height and width, in pixels, of the images the network takes."""
         return self.preprocessing.image_size
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """What the network reads: images (B, 3, H, W), RGB in [0, 1], resized if needed, minus mean over std.
+    @property
+    def mean(self) -> Tensor:
+        """(3, 1, 1): of RGB in [0, 1], float32 or wider."""
+        return self.statistics.mean
 
-        Images of another size than `image_size` are resized (bicubic, antialiased).
+    @property
+    def std(self) -> Tensor:
+        """(3, 1, 1): of RGB in [0, 1], float32 or wider."""
+        return self.statistics.std
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's weights, and so of its tokens."""
+        return next((weight.dtype for weight in self.network.parameters()), self.mean.dtype)
+
+    def fold_statistics(self) -> bool:
+        """Folds mean and std into the network's first convolution where that is exact; True if they are folded now.
+
+        Tokens stay the same to float32 rounding, and images need no pass of their own; the state dict stays as it is.
+        From then on the network itself reads images in [0, 1]; `normalise` is for networks without this.
         """
+        folded = folded_statistics(self.network)
+        return folded == self.statistics.stated if folded else fold(self.network, self.statistics)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), RGB in [0, 1] and of any float dtype, resized if needed, minus mean over std.
+
+        Images of another size than `image_size` are resized (bicubic, antialiased). Float32 or wider.
+        """
+        normalised: Tensor = self.statistics(self._resized(images))
+        return normalised
+
+    def _resized(self, images: Tensor) -> Tensor:
+        images = images.to(self.mean.dtype)
         size = (self.image_size, self.image_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        return (images - self.mean) / self.std
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    def _network_input(self, images: Tensor) -> Tensor:
+        """What the network reads, of images in [0, 1]: the one place that knows whether it normalises them itself."""
+        folded = folded_statistics(self.network)
+        if folded is None:
+            return self.normalise(images).to(self.dtype)
+        if folded != self.statistics.stated:
+            raise ConfigError(
+                f"the network's input statistics are folded as {folded}, this backbone states {self.statistics.stated}",
+                hint="change the preprocessing before fold_statistics, not after",
+            )
+        return self._resized(images)
 
     def forward(self, images: Tensor) -> Tokens:
         """Final tokens of images (B, 3, H, W), RGB in [0, 1]."""
-        return self.tokens_of(self.network, self.normalise(images))
+        return self.tokens_of(self.network, self._network_input(images))
 
     def logits(self, images: Tensor) -> Tensor:
         """The model's own head on images (B, 3, H, W) in [0, 1]: (B, K) class logits or projected embedding.
@@ -126,4 +165,4 @@ class Backbone(nn.Module):
                 f"{name} has no classifier or projection, so it has no logits",
                 hint="use the feature map or the pooled features, or weights that come with a head",
             )
-        return self.logits_of(self.network, self.normalise(images))
+        return self.logits_of(self.network, self._network_input(images))

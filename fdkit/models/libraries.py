@@ -1,7 +1,7 @@
 """Backbones made from timm and open_clip models, and the folder format that keeps them.
 
 Every network keeps its library's own module and parameter names, so saved weights load into timm or open_clip
-without fdkit. What differs between libraries is only how the final tokens are read, and that stands here.
+without fdkit. What differs between libraries is only how tokens are read, and that stands in `tokens` and `layers`.
 """
 
 import json
@@ -15,7 +15,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fdkit.errors import ConfigError, WeightsError, did_you_mean
-from fdkit.models.backbone import Backbone, Preprocessing, Tokens
+from fdkit.models.backbone import Backbone, Preprocessing
+from fdkit.models.tokens import (
+    num_prefix_tokens,
+    open_clip_resnet_tokens,
+    open_clip_trunk_tokens,
+    open_clip_vit_tokens,
+    stride,
+    timm_tokens,
+)
 
 WEIGHTS_FILE = "student.safetensors"
 RECIPE_FILE = "student.json"
@@ -32,7 +40,9 @@ def build_timm(
 
     name: a timm model, with or without a weights tag (the tag decides the default preprocessing).
     model_args: arguments of the model, such as `img_size`, `patch_size`, `drop_path_rate`, `num_classes`.
-        `img_size` for a network that takes any size sets the preprocessing alone.
+        `img_size` for a network that takes any size sets the preprocessing alone. Three more are plain data for
+        what timm takes as objects: `layer_norm_eps` of every LayerNorm, `stem` ("conv", MoCo v3's convolutions in place
+        of the patch projection), `final_norm` (False: the network ends without a norm).
     preprocessing: None means what timm states for these weights.
     keep_head: keep the classifier timm states for these weights; without it, and without `num_classes`,
         the network has none.
@@ -48,21 +58,42 @@ def build_timm(
     if not cfg.get("fixed_input_size"):
         args.pop("img_size", None)
     try:
-        network = timm.create_model(name, pretrained=False, **args)
+        network = timm.create_model(name, pretrained=False, **_as_objects(args))
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"timm model {name} refuses {args}: {error}") from error
+    if args.get("final_norm") is False:
+        _remove_final_norm(network)
     accelerate(network)
     args["num_classes"] = network.num_classes
     return Backbone(
         network,
         timm_tokens,
         embed_dim=network.num_features,
-        patch_size=_stride(network),
-        num_prefix_tokens=_num_prefix_tokens(network),
+        patch_size=stride(network),
+        num_prefix_tokens=num_prefix_tokens(network),
         preprocessing=preprocessing or _timm_preprocessing(cfg, image_size),
         recipe={"library": "timm", "architecture": name, "model_args": args},
         logits_of=_call if network.num_classes > 0 else None,
     )
+
+
+def _as_objects(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments timm takes for those that are plain data here."""
+    from fdkit.models.stems import ConvStem
+
+    made = {key: value for key, value in args.items() if key not in ("layer_norm_eps", "stem", "final_norm")}
+    if "layer_norm_eps" in args:
+        made["norm_layer"] = partial(nn.LayerNorm, eps=args["layer_norm_eps"])
+    if args.get("stem") == "conv":
+        made["embed_layer"] = ConvStem
+    return made
+
+
+def _remove_final_norm(network: nn.Module) -> None:
+    """Takes away the norm behind the last block, wherever the network keeps it."""
+    for owner, name in ((network, "norm"), (network, "fc_norm"), (getattr(network, "head", None), "norm")):
+        if isinstance(getattr(owner, name, None), nn.Module):
+            setattr(owner, name, nn.Identity())
 
 
 def build_open_clip(
@@ -170,102 +201,26 @@ def check_state(network: nn.Module, state: dict[str, Tensor], *, source: str) ->
         raise WeightsError(f"{source} does not fit the model: {'; '.join(filter(None, problems))}")
 
 
-def timm_tokens(network: nn.Module, images: Tensor) -> Tokens:
-    """Final tokens of a timm model, each through the model's own final norm; images are normalised.
-
-    Models that pool before that norm (BEiT, ConvNeXt) keep it as `fc_norm` or `head.norm`; it is applied to every
-    token here. Registers of a model without a class token are left out, so that a prefix starts with the class token.
-    """
-    features = _norm_after_pool(network)(network.forward_features(images))  # type: ignore[operator]
-    if features.ndim == 4:
-        is_channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
-        return _map_tokens(features if is_channels_last else features.permute(0, 2, 3, 1))
-    num_prefix = int(getattr(network, "num_prefix_tokens", 0))
-    stride = _stride(network)
-    grid = (images.shape[-2] // stride, images.shape[-1] // stride)
-    patches = features[:, num_prefix:]
-    if patches.shape[1] != grid[0] * grid[1]:
-        raise ConfigError(
-            f"{type(network).__name__} gave {features.shape[1]} tokens, {num_prefix} of them prefix tokens, where a "
-            f"{grid[0]}x{grid[1]} grid was expected: it has no plain token map"
-        )
-    return Tokens(features[:, : _num_prefix_tokens(network)], patches, grid)
-
-
-def _open_clip_vit_tokens(visual: Any, images: Tensor) -> Tokens:
-    """Tokens of open_clip's own ViT: `ln_post` on every token, where CLIP itself keeps the class token alone."""
-    tokens = visual.ln_post(visual.transformer(visual._embeds(images)))
-    height, width = images.shape[-2] // visual.patch_size[0], images.shape[-1] // visual.patch_size[1]
-    return Tokens(tokens[:, :1], tokens[:, 1:], (height, width))
-
-
-def _open_clip_resnet_tokens(visual: Any, images: Tensor) -> Tokens:
-    """The last stage's map of open_clip's ResNet, before its attention pooling."""
-    features = visual.stem(images)
-    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
-        features = stage(features)
-    return _map_tokens(features.permute(0, 2, 3, 1))
-
-
-def _open_clip_trunk_tokens(visual: Any, images: Tensor) -> Tokens:
-    """Tokens of an open_clip tower that wraps a timm model."""
-    return timm_tokens(visual.trunk, images)
-
-
 def _open_clip_backbone(network: Any, *, recipe: dict[str, Any], preprocessing: Preprocessing) -> Backbone:
     """Wraps an open_clip visual tower of any of its three kinds."""
     make = partial(Backbone, network, recipe=recipe, preprocessing=preprocessing, logits_of=_call)
     if hasattr(network, "trunk"):
         trunk = network.trunk
         return make(
-            _open_clip_trunk_tokens,
+            open_clip_trunk_tokens,
             embed_dim=trunk.num_features,
-            patch_size=_stride(trunk),
-            num_prefix_tokens=_num_prefix_tokens(trunk),
+            patch_size=stride(trunk),
+            num_prefix_tokens=num_prefix_tokens(trunk),
         )
     if hasattr(network, "attnpool"):
         width = network.layer4[-1].conv3.out_channels
-        return make(_open_clip_resnet_tokens, embed_dim=width, patch_size=32, num_prefix_tokens=0)
+        return make(open_clip_resnet_tokens, embed_dim=width, patch_size=32, num_prefix_tokens=0)
     width = network.class_embedding.shape[0]
-    return make(_open_clip_vit_tokens, embed_dim=width, patch_size=network.patch_size[0], num_prefix_tokens=1)
-
-
-def _map_tokens(features: Tensor) -> Tokens:
-    """Tokens of a feature map (B, h, w, C), which has no prefix."""
-    patches = features.flatten(1, 2)
-    return Tokens(patches[:, :0], patches, (features.shape[1], features.shape[2]))
-
-
-def _norm_after_pool(network: nn.Module) -> nn.Module:
-    """The final norm of a timm model that keeps it behind its pooling; identity if tokens are normed already."""
-    if not isinstance(getattr(network, "norm", nn.Identity()), nn.Identity):
-        return nn.Identity()
-    for owner, name in ((network, "fc_norm"), (getattr(network, "head", None), "norm")):
-        norm = getattr(owner, name, None)
-        if isinstance(norm, nn.Module):
-            return norm
-    return nn.Identity()
+    return make(open_clip_vit_tokens, embed_dim=width, patch_size=network.patch_size[0], num_prefix_tokens=1)
 
 
 def _call(network: nn.Module, images: Tensor) -> Tensor:
     return network(images)
-
-
-def _num_prefix_tokens(network: nn.Module) -> int:
-    """Prefix tokens handed on: none without a class token, even if the network has registers."""
-    count = int(getattr(network, "num_prefix_tokens", 0))
-    return count if getattr(network, "cls_token", None) is not None else 0
-
-
-def _stride(network: Any) -> int:
-    """Input pixels between neighbouring final tokens."""
-    info = getattr(network, "feature_info", None)
-    if info:
-        reduction = info[-1]["reduction"]
-        return int(reduction[0] if isinstance(reduction, (tuple, list)) else reduction)
-    if hasattr(network, "patch_embed"):
-        return int(network.patch_embed.patch_size[0])
-    raise ConfigError(f"{type(network).__name__} does not say how many pixels lie between its tokens")
 
 
 def _timm_config(name: str) -> dict[str, Any]:

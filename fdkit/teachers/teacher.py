@@ -1,12 +1,13 @@
 """A teacher: an image model that is read and never changed."""
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
 
 from fdkit.models.backbone import Backbone, Tokens
+from fdkit.models.layers import layer_position, layer_tokens, list_layers
 
 
 class Teacher(nn.Module):
@@ -14,8 +15,8 @@ class Teacher(nn.Module):
 
     The backbone is held outside the module tree, so a method that holds a teacher has only its own parameters;
     `.to()`, `.cuda()` and `.half()` move it all the same.
-    name: what the user called it; source: its long form; license: of its weights; sha256: of the weight file,
-    None for random weights.
+    name: what the user called it; source: its long form; license: of its weights; is_noncommercial: whether that
+    licence forbids commercial use; sha256: of the weight file, None for random weights.
     """
 
     backbone: Backbone
@@ -27,6 +28,7 @@ class Teacher(nn.Module):
         name: str,
         source: str = "",
         license: str = "unstated",
+        is_noncommercial: bool = False,
         sha256: str | None = None,
     ) -> None:
         super().__init__()
@@ -34,6 +36,7 @@ class Teacher(nn.Module):
         self.name = name
         self.source = source or name
         self.license = license
+        self.is_noncommercial = is_noncommercial
         self.sha256 = sha256
         self.training = False
 
@@ -57,14 +60,46 @@ class Teacher(nn.Module):
         """Height and width, in pixels, the teacher sees; images of another size are resized."""
         return self.backbone.image_size
 
+    @property
+    def num_layers(self) -> int:
+        """Blocks of a transformer, or stages of a network whose grid changes; ConfigError if they are not known."""
+        return len(list_layers(self.backbone.network))
+
+    def layer_dim(self, layer: int | None) -> int:
+        """Width C of the tokens of a layer; None means the final tokens. ConfigError if there is no such layer."""
+        if layer is None:
+            return self.embed_dim
+        layers = list_layers(self.backbone.network)
+        return layers[layer_position(layer, len(layers))].width
+
+    @overload
+    def encode(self, images: Tensor, *, layer: int | None = None, norm: bool = True) -> Tokens: ...
+
+    @overload
+    def encode(self, images: Tensor, *, layer: Sequence[int], norm: bool = True) -> tuple[Tokens, ...]: ...
+
     @torch.no_grad()  # not inference_mode: targets are saved for the student's backward
-    def encode(self, images: Tensor) -> Tokens:
-        """Final tokens, after the teacher's own norm, of images (B, 3, H, W), RGB in [0, 1]; no gradient."""
-        tokens: Tokens = self.backbone(images.to(self.backbone.mean.dtype))
-        return tokens
+    def encode(
+        self, images: Tensor, *, layer: int | Sequence[int] | None = None, norm: bool = True
+    ) -> Tokens | tuple[Tokens, ...]:
+        """Tokens of images (B, 3, H, W), RGB in [0, 1]; no gradient.
+
+        layer: None is the end of the network; a number a block, or a stage of Swin, ConvNeXt and ResNet, where negative
+            ones count from the end; several numbers give several Tokens in that order, from one pass.
+        norm: through the network's own final norm, if it has one; False gives them as the layer leaves them.
+        Raises ConfigError for a layer that is not there, and for the norm at a stage whose width it does not fit.
+        """
+        images = images.to(self.backbone.mean.dtype)
+        if layer is None and norm:
+            final: Tokens = self.backbone(images)
+            return final
+        last = -1 if layer is None else layer
+        layers = [last] if isinstance(last, int) else last
+        tokens = layer_tokens(self.backbone.network, self.backbone.normalise(images), layers, norm=norm)
+        return tokens[0] if isinstance(last, int) else tokens
 
     def forward(self, images: Tensor) -> Tokens:
-        """The same as `encode`."""
+        """The final tokens, as `encode` gives them."""
         return self.encode(images)
 
     def identity(self) -> dict[str, Any]:
@@ -73,6 +108,7 @@ class Teacher(nn.Module):
             "name": self.name,
             "source": self.source,
             "license": self.license,
+            "is_noncommercial": self.is_noncommercial,
             "sha256": self.sha256,
             "recipe": self.backbone.recipe,
         }

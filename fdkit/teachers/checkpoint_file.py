@@ -1,0 +1,228 @@
+"""A file of weights as a backbone: recognised by its tensors, and checked against what it is said to be."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdkit.errors import ConfigError, WeightsError
+from fdkit.models.backbone import Backbone
+from fdkit.teachers.building import (
+    build_open_clip_teacher,
+    build_teacher,
+    refuse_wrong_activation,
+    with_preprocessing,
+)
+from fdkit.teachers.catalog import CATALOG, Entry
+from fdkit.teachers.files import read_file, sha256_of, verify
+from fdkit.teachers.official import LAYOUTS, Change, Network, Reading, read
+from fdkit.teachers.official._layout import Resample, nearest, state_in
+from fdkit.teachers.request import Loaded, Request
+from fdkit.teachers.weights import WithoutRandomInit, fit_library, load_whole
+
+logger = logging.getLogger("fdkit")
+
+SIZES = {"embed_dim", "depth", "depths", "dims", "layers", "patch_size", "mlp_ratio", "width", "base_width"}
+"""Arguments a named architecture fixes: a file of other sizes is another network."""
+PLAIN_VITS = {"vit", "dino", "deit", "mae", "supmae"}
+"""Layouts whose files may show no sign of their own beyond being a plain ViT."""
+
+
+def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
+    """Weights in a file, in the network its tensors show or the architecture it is said to be.
+
+    row: the teacher of the catalog whose official file it is.
+    Raises WeightsError if it is none of the known layouts, does not fit, or is not the file its name says.
+    """
+    row = row or CATALOG.get(request.architecture or "")
+    digest = sha256_of(path)
+    for known in [row] if row else [entry for entry in CATALOG.values() if _is_file_of(entry, path)]:
+        if known.official is not None and known.official.sha256 and _is_file_of(known, path):
+            verify(path, known.official.sha256, found=digest)
+    content = read_file(path)
+    state = state_in(content, source=str(path), checkpoint_key=request.checkpoint_key)
+    architecture = _architecture(request, row, path)
+    reads_by_library = architecture is not None and (
+        request.keep_head
+        or architecture.startswith("open_clip:")
+        or any(key.startswith("visual.") for key in state)
+    )
+    reading = None
+    if not reads_by_library:
+        reading = read(content, LAYOUTS, source=str(path), checkpoint_key=request.checkpoint_key)
+    if reading is not None:
+        loaded = _load_reading(reading, request, row, architecture, source=str(path))
+    elif architecture is not None:
+        loaded = _load_by_library(state, request, architecture, source=str(path))
+    else:
+        raise _unknown(path, state)
+    if row is not None:
+        loaded = loaded._replace(license=row.license, is_noncommercial=row.is_noncommercial)
+    return loaded._replace(sha256=digest)
+
+
+def _load_reading(
+    reading: Reading, request: Request, row: Entry | None, architecture: str | None, *, source: str
+) -> Loaded:
+    """A recognised file in its network; what it is said to be must agree with what it is."""
+    _refuse_other_layout(reading, row, source=source)
+    network = reading.network
+    size = request.image_size or (row.image_size if row else None)
+    with WithoutRandomInit():
+        if architecture is None:
+            backbone = build_teacher(
+                network.architecture, size, {**network.assumed_args, **network.model_args}
+            )
+            backbone = with_preprocessing(backbone, {"mean": network.mean, "std": network.std})
+        else:
+            own = row.official.model_args if row is not None and row.official is not None else {}
+            backbone = build_teacher(architecture, size, {**own, **_shared_args(network, architecture)})
+    if row is not None:
+        backbone = with_preprocessing(backbone, {"mean": row.mean, "std": row.std})
+    state, resampled = _at_its_size(reading, backbone)
+    hint = f"the file is {describe(reading)}" + (f"; read as {architecture}" if architecture else "")
+    load_whole(backbone.network, state, source=source, hint=hint)
+    assumption = "" if architecture else network.assumption
+    if assumption:
+        logger.info("%s: %s; --arch sets another", source, assumption)
+    _say_statistics(backbone, describe(reading), source=source, is_assumed=row is None)
+    audit = tuple(resampled.get(change.key, change) for change in reading.audit)
+    return Loaded(backbone, source, layout=describe(reading), audit=audit, assumption=assumption)
+
+
+def _load_by_library(
+    state: dict[str, Tensor], request: Request, architecture: str, *, source: str
+) -> Loaded:
+    """A file that only the named architecture explains, through timm's or open_clip's own conversion."""
+    with WithoutRandomInit():
+        if architecture.startswith("open_clip:"):
+            name = architecture.removeprefix("open_clip:")
+            backbone = build_open_clip_teacher(*name.partition("/")[::2], request.image_size)
+        else:
+            refuse_wrong_activation(architecture)
+            backbone = build_teacher(architecture, request.image_size, keep_head=request.keep_head)
+    hint = f"read as {architecture}; --arch NAME sets another"
+    audit = fit_library(backbone, state, source=source, hint=hint)
+    _say_statistics(backbone, architecture, source=source, is_assumed=True)
+    return Loaded(backbone, source, layout=f"{architecture} (named)", audit=audit)
+
+
+def describe(reading: Reading) -> str:
+    """What a file is, in words: its layout and the sizes its tensors show."""
+    args = reading.network.model_args
+    words = [
+        f"{args[key]} {word}" for key, word in (("embed_dim", "wide"), ("depth", "deep")) if key in args
+    ]
+    words += [f"patch {args['patch_size']}"] if "patch_size" in args else []
+    words += [f"{args['img_size']} px"] if "img_size" in args else []
+    return f"{reading.title}, {reading.network.architecture.partition('_')[0]} " + ", ".join(words)
+
+
+def _architecture(request: Request, row: Entry | None, path: Path) -> str | None:
+    """The timm name (or `open_clip:ARCH/TAG`) a file is said to be of, by flag, catalog row or its own name."""
+    if row is not None and row.model:
+        return row.model.removeprefix("timm:")
+    if row is not None and row.official is not None:
+        return row.official.architecture
+    if request.architecture:
+        return request.architecture.removeprefix("timm:")
+    return _named_after(path)
+
+
+def _named_after(path: Path) -> str | None:
+    """The timm model a file is named after, such as vit_tiny_patch16_224.safetensors; None if it is none."""
+    import timm
+
+    if not timm.is_model(path.stem.partition(".")[0]):
+        return None
+    is_known = path.stem in timm.list_pretrained() or "." not in path.stem
+    return path.stem if is_known else path.stem.partition(".")[0]
+
+
+def _is_file_of(entry: Entry, path: Path) -> bool:
+    """Whether a file has the name of an entry's official file."""
+    return entry.official is not None and entry.official.url.rpartition("/")[2] == path.name
+
+
+def _refuse_other_layout(reading: Reading, row: Entry | None, *, source: str) -> None:
+    if row is None or row.official is None or reading.layout == row.official.layout:
+        return
+    if reading.layout == "vit" and row.official.layout in PLAIN_VITS:
+        return
+    raise WeightsError(
+        f"{source} is not {row.name}: its tensors are those of {describe(reading)}",
+        hint="leave out --arch to read it as what it is, or give the file of " + row.name,
+    )
+
+
+def _shared_args(network: Network, architecture: str) -> dict[str, Any]:
+    """What a file shows that its named architecture leaves open: not its sizes, and nothing for another family."""
+    import timm
+
+    def module(name: str) -> str:
+        entrypoint = timm.models.model_entrypoint(name.partition(".")[0])
+        return sys.modules[entrypoint.__module__].__name__.replace(".deit", ".vision_transformer")
+
+    if not timm.is_model(architecture.partition(".")[0]) or module(architecture) != module(
+        network.architecture
+    ):
+        return {}
+    return {key: value for key, value in network.model_args.items() if key not in SIZES}
+
+
+def _at_its_size(reading: Reading, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Change]]:
+    """The file's tensors with position tables for the network's grid, and the audit of those that changed."""
+    network, state, changed = reading.network, dict(reading.state), {}
+    own = backbone.network.state_dict()
+    names = {change.became: change.key for change in reading.audit if change.became}
+    for key in [key for key in state if key in own and state[key].shape != own[key].shape]:
+        is_bias = key.endswith("relative_position_bias_table")
+        if not is_bias and key != "pos_embed":
+            continue
+        resample = network.resample_bias if is_bias else network.resample_positions
+        side = network.model_args.get("img_size", 0) // backbone.patch_size
+        if resample is None or not side:
+            raise ConfigError(
+                f"image size {backbone.image_size}: {reading.title} takes no size but its own, "
+                f"{network.model_args.get('img_size', 'which the file does not show')}"
+            )
+        new_side = backbone.image_size // backbone.patch_size
+        state[key] = _resampled(state[key], resample, side, new_side, is_bias=is_bias)
+        reason = f"resampled from {side}x{side} to {new_side}x{new_side} as the official code does"
+        changed[names[key]] = Change(names[key], key, reason)
+    if changed:
+        logger.info("%d position tables %s", len(changed), next(iter(changed.values())).reason)
+    return state, changed
+
+
+def _resampled(table: Tensor, resample: Resample, side: int, new_side: int, *, is_bias: bool) -> Tensor:
+    """A table for another grid; the rows of absolute positions for prefix tokens stay as they are."""
+    old, new = (side, side), (new_side, new_side)
+    if is_bias:
+        return resample(table, old, new)
+    num_prefix = table.shape[1] - side * side
+    return torch.cat([table[:, :num_prefix], resample(table[:, num_prefix:], old, new)], dim=1)
+
+
+def _say_statistics(backbone: Backbone, what: str, *, source: str, is_assumed: bool) -> None:
+    stated = backbone.preprocessing
+    logger.info(
+        "%s: read as %s; %s mean %s and std %s; mean= and std= change them",
+        source,
+        what,
+        "the file holds no statistics: assuming" if is_assumed else "with",
+        tuple(round(value, 4) for value in stated.mean),
+        tuple(round(value, 4) for value in stated.std),
+    )
+
+
+def _unknown(path: Path, state: dict[str, Tensor]) -> WeightsError:
+    shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(state.items())[:3])
+    return WeightsError(
+        f"cannot tell what {path} is: none of {len(LAYOUTS)} known layouts has its tensors; first: {shown}",
+        hint=f"nearest known layout: {nearest(state, LAYOUTS)}; --arch names a timm model, open_clip:ARCH or a "
+        "teacher of `fdkit teachers`",
+    )

@@ -1,0 +1,3 @@
+from fdkit.teachers.official._layout import Layout
+
+LAYOUTS: tuple[Layout, ...] = ()
