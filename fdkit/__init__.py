@@ -15,6 +15,7 @@ _LAZY = {
     "evaluate": "fdkit.commands.evaluate",
     "analyze": "fdkit.commands.analyze",
     "demo": "fdkit.commands.demo",
+    "doctor": "fdkit.commands.doctor",
     "load_teacher": "fdkit.teachers.loading",
     "list_teachers": "fdkit.teachers.catalog",
     "FdkitError": "fdkit.errors",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fdkit.commands.analyze import analyze as analyze
     from fdkit.commands.demo import demo as demo
     from fdkit.commands.distill import distill as distill
+    from fdkit.commands.doctor import doctor as doctor
     from fdkit.commands.evaluate import evaluate as evaluate
     from fdkit.commands.pretrain import pretrain as pretrain
     from fdkit.errors import FdkitError as FdkitError
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "analyze",
     "demo",
+    "doctor",
     "distill",
     "evaluate",
     "list_teachers",

@@ -47,6 +47,7 @@ COMMANDS = {
         "fdkit analyze attention-distance MODEL [MODEL ...] --data PATH",
         "analysis",
     ),
+    "doctor": CommandEntry("Whether a teacher is to be trusted, tensor by tensor.", "fdkit doctor TEACHER"),
 }
 
 EPILOGUE = """\

@@ -56,7 +56,7 @@ class ModelOptions(Config):
 
     def loading(self) -> dict[str, Any]:
         """These options as arguments of `load_teacher`."""
-        return {name: getattr(self, name) for name in ModelOptions.model_fields if name != "checkpoint_key"}
+        return {name: getattr(self, name) for name in ModelOptions.model_fields}
 
     def load(self, name: str, **options: Any) -> Teacher:
         """The model `name` with these options and further ones of `load_teacher`, such as seed and keep_head."""

@@ -1,22 +1,36 @@
 """`fdkit distill --teacher clip_vitb --data PATH`: a better student from a pretrained teacher."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from fdkit.commands._command import ModelOptions, Outcome, default_output, resolve
 from fdkit.commands._training import TrainingCommand, run_training
 from fdkit.config import Config
 from fdkit.data.sources import ImageSource
 from fdkit.data.views import CropConfig, RandomCrop
+from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
-from fdkit.methods.feature_distillation import FeatureDistillation, FeatureDistillationConfig
+from fdkit.methods.feature_distillation import (
+    FeatureDistillation,
+    FeatureDistillationConfig,
+    check_targets,
+)
 from fdkit.models.attention import attention_path
 from fdkit.models.student import StudentConfig, build_student
-from fdkit.training.distributed import local_device
+from fdkit.teachers.licensing import UNSTATED
+from fdkit.teachers.teacher import Teacher
+from fdkit.training.distributed import current_world, local_device
 from fdkit.training.plan import choose_precision
+
+logger = logging.getLogger("fdkit")
+
+OF_ONE_FILE = ("architecture", "checkpoint_key", "mean", "std")
+"""Options that say what one file of weights does not tell."""
 
 
 class DistillConfig(ModelOptions, TrainingCommand):
@@ -28,15 +42,54 @@ class DistillConfig(ModelOptions, TrainingCommand):
     ALIASES: ClassVar[dict[str, str]] = {"--student": "--student.name"}
 
     teacher: str
-    """A catalog name, timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo."""
+    """A catalog name, timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo; or several of them with
+    commas between, where a student built like its teacher is like the first."""
     student: StudentConfig = StudentConfig()
     distillation: FeatureDistillationConfig = FeatureDistillationConfig()
     views: CropConfig = CropConfig()
+
+    @property
+    def teachers(self) -> list[str]:
+        """The names of the teachers: one, unless there are commas between several; a path may hold commas."""
+        if Path(self.teacher).expanduser().exists():
+            return [self.teacher]
+        return [name.strip() for name in self.teacher.split(",")]
 
     @field_validator("student", mode="before")
     @classmethod
     def _student_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _teachers_in_one_line(cls, value: Any) -> Any:
+        return one_line(value) if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _suits_its_teachers(self) -> Self:
+        names = self.teachers
+        if "" in names:
+            raise ConfigError(f"teacher {self.teacher!r}: a name is missing between its commas")
+        check_targets(self.distillation, names)
+        wrong = [option for option in OF_ONE_FILE if getattr(self, option) is not None]
+        if len(names) > 1 and wrong:
+            raise ConfigError(
+                f"{wrong[0]} {getattr(self, wrong[0])} is of one file of weights, and {len(names)} teachers are named",
+                "make a run folder or name a catalog teacher for each, or distil from one at a time",
+            )
+        return self
+
+
+def one_line(teachers: str | Path | Sequence[str | Path]) -> str:
+    """One teacher or several as one text, with commas between. Raises ConfigError for a comma in one of several."""
+    if isinstance(teachers, (str, Path)):
+        return str(teachers)
+    names = [str(name) for name in teachers]
+    if len(names) > 1 and any("," in name for name in names):
+        raise ConfigError(
+            f"teacher {names}: a path with a comma cannot be one of several", "rename the folder"
+        )
+    return ",".join(names)
 
 
 def config_class() -> type[Config]:
@@ -50,25 +103,49 @@ def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
 
     def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
         wants_logits = config.distillation.target == "logits"
-        teacher = config.load(config.teacher, seed=config.seed, keep_head=wants_logits)
+        teachers = [config.load(name, seed=config.seed, keep_head=wants_logits) for name in config.teachers]
+        announce_terms(teachers)
         student = build_student(
-            config.student, teacher.backbone, image_size=config.views.image_size, seed=config.seed
+            config.student, teachers[0].backbone, image_size=config.views.image_size, seed=config.seed
         )
         views = RandomCrop(config.views)
-        method = FeatureDistillation(teacher, student, views, config.distillation, seed=config.seed)
+        method = FeatureDistillation(teachers, student, views, config.distillation, seed=config.seed)
         device = local_device(config.device)
         is_bf16 = choose_precision(config.train.precision, device) == "bf16"
         path = attention_path(device, torch.bfloat16 if is_bf16 else torch.float32)
-        return method, {"teacher": teacher.identity(), "attention": path}
+        return method, {**teacher_facts(teachers), "attention": path}
 
     return run_training(config, folder, build, handle_signals=handle_signals)
 
 
-def distill(teacher: str | Path, data: str | Path, **fields: Any) -> Path:
+def teacher_facts(teachers: Sequence[Teacher]) -> dict[str, Any]:
+    """What run.json says of the teachers: "teacher" of one, "teachers" of several."""
+    identities = [teacher.identity() for teacher in teachers]
+    return {"teacher": identities[0]} if len(identities) == 1 else {"teachers": identities}
+
+
+def announce_terms(teachers: Sequence[Teacher]) -> None:
+    """Say, once and on one process alone, what the teachers' licences mean for the student."""
+    if not current_world().is_main:
+        return
+    forbidding = [teacher for teacher in teachers if teacher.is_noncommercial]
+    if forbidding:
+        logger.warning(
+            "non-commercial: %s; the student learns from these weights, so their licence may bind it too",
+            ", ".join(f"{teacher.name} ({teacher.license})" for teacher in forbidding),
+        )
+    unstated = [teacher.name for teacher in teachers if teacher.license == UNSTATED]
+    if unstated:
+        logger.info("the licence of %s is unstated", ", ".join(unstated))
+
+
+def distill(teacher: str | Path | Sequence[str | Path], data: str | Path, **fields: Any) -> Path:
     """The run folder of a finished distillation; fields are those of its configuration.
 
-    Example: fdkit.distill("clip_vitb", "photos/", output="runs/a", train={"epochs": 10})
+    teacher: one, or several for one student. Example:
+    fdkit.distill("clip_vitb", "photos/", output="runs/a", train={"epochs": 10})
     """
-    values = {"teacher": str(teacher), "data": str(data), **fields}
-    config = resolve(DistillConfig, values, "distill", str(teacher))
+    names = one_line(teacher)
+    values = {"teacher": names, "data": str(data), **fields}
+    config = resolve(DistillConfig, values, "distill", names)
     return Path(run(config, handle_signals=False).numbers["run"])

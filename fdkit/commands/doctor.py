@@ -103,6 +103,9 @@ def _show(numbers: dict[str, Any]) -> None:
     _show_identity(console, numbers)
     _show_audit(console, numbers["audit"])
     table = Table(title="checks", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for check in numbers["checks"]:
         detail = check["detail"] + (f"\n-> {check['remedy']}" if check["remedy"] else "")
         table.add_row(MARKS[check["status"]], check["name"], detail)
@@ -116,7 +119,7 @@ def _show_identity(console: Console, numbers: dict[str, Any]) -> None:
     stated = numbers["preprocessing"]
     rows = {
         "source": numbers["source"],
-        "read as": numbers["read_as"] or "fdkit's own format",
+        "read as": numbers["read_as"] or ("fdkit's own format" if numbers["sha256"] else "nothing: random weights"),
         "licence": numbers["license"] + (" (non-commercial)" if numbers["noncommercial"] else ""),
         "parameters": f"{numbers['parameters'] / 1e6:.1f} M",
         "tokens": f"{numbers['prefix_tokens']} prefix, then a patch every {numbers['patch_size']} px; "
@@ -125,6 +128,8 @@ def _show_identity(console: Console, numbers: dict[str, Any]) -> None:
         f"{stated['interpolation']}",
     }
     table = Table(title=numbers["teacher"], title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

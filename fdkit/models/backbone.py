@@ -1,6 +1,6 @@
 """An image model that reads [0, 1] images and returns its final tokens, whatever library it comes from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -153,6 +153,12 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tokens:
         """Final tokens of images (B, 3, H, W), RGB in [0, 1]."""
         return self.tokens_of(self.network, self._network_input(images))
+
+    def encode_layers(self, images: Tensor, layers: Sequence[int], *, norm: bool) -> tuple[Tokens, ...]:
+        """Tokens of any layers, for images (B, 3, H, W), RGB in [0, 1]; the rest is as for `layers.layer_tokens`."""
+        from fdkit.models.layers import layer_tokens  # which knows Tokens from here
+
+        return layer_tokens(self.network, self._network_input(images), layers, norm=norm)
 
     def logits(self, images: Tensor) -> Tensor:
         """The model's own head on images (B, 3, H, W) in [0, 1]: (B, K) class logits or projected embedding.

@@ -34,14 +34,29 @@ def list_layers(network: nn.Module) -> list[Layer]:
     return _kind_of(network).layers(network)
 
 
-def layer_position(layer: int, num_layers: int) -> int:
-    """The place of a layer, counted from 0; a negative number counts from the end. ConfigError if there is none."""
-    if -num_layers <= layer < num_layers:
-        return layer % num_layers
-    raise ConfigError(
-        f"layer {layer}: the network has {num_layers} layers",
-        f"use 0 to {num_layers - 1}, or -{num_layers} to -1 to count from the end",
-    )
+def layer_positions(network: nn.Module, layers: Sequence[int], *, norm: bool) -> list[int]:
+    """The places of layers, counted from 0, where negative numbers count from the end.
+
+    norm: whether they are to go through the final norm.
+    Raises ConfigError if there is no such layer, or no layer, or if the norm does not fit a stage.
+    """
+    network = getattr(network, "trunk", network)
+    kind = _kind_of(network)
+    num_layers = len(kind.layers(network))
+    if not layers:
+        raise ConfigError("no layer is named", "name at least one, such as -1, the last")
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise ConfigError(
+                f"layer {layer}: {type(network).__name__} has {num_layers} layers",
+                f"use 0 to {num_layers - 1}, or -{num_layers} to -1 to count from the end",
+            )
+        if norm and kind.has_stages and layer % num_layers != num_layers - 1:
+            raise ConfigError(
+                f"layer {layer}: the final norm of {type(network).__name__} fits its last stage alone",
+                "take the layer without the norm (norm false)",
+            )
+    return [layer % num_layers for layer in layers]
 
 
 def layer_tokens(
@@ -51,19 +66,11 @@ def layer_tokens(
 
     images: normalised, (B, 3, H, W). norm: through the network's own final norm, if it has one, as DINO's linear
     evaluation reads its last blocks (Caron et al. 2021, arXiv 2104.14294); without it, as the layer leaves them.
-    Raises ConfigError if there is no such layer, or no layer, or if the norm does not fit a stage.
+    Raises ConfigError as `layer_positions` does.
     """
     network = getattr(network, "trunk", network)
     kind = _kind_of(network)
-    num_layers = len(kind.layers(network))
-    wanted = [layer_position(layer, num_layers) for layer in layers]
-    if not wanted:
-        raise ConfigError("no layer is named", "name at least one, such as -1, the last")
-    if norm and kind.has_stages and min(wanted) < num_layers - 1:
-        raise ConfigError(
-            f"layer {min(wanted)}: the final norm of {type(network).__name__} fits its last stage alone",
-            "take the layer without the norm (norm false)",
-        )
+    wanted = layer_positions(network, layers, norm=norm)
     places = sorted(set(wanted))
     found = dict(zip(places, kind.outputs(network, images, places), strict=True))
     finish = kind.norm(network) if norm else nn.Identity()

@@ -71,17 +71,7 @@ def _load_reading(
     _refuse_other_layout(reading, row, source=source)
     network = reading.network
     size = request.image_size or (row.image_size if row else None)
-    with WithoutRandomInit():
-        if architecture is None:
-            backbone = build_teacher(
-                network.architecture, size, {**network.assumed_args, **network.model_args}
-            )
-            backbone = with_preprocessing(backbone, {"mean": network.mean, "std": network.std})
-        else:
-            own = row.official.model_args if row is not None and row.official is not None else {}
-            backbone = build_teacher(architecture, size, {**own, **_shared_args(network, architecture)})
-    if row is not None:
-        backbone = with_preprocessing(backbone, {"mean": row.mean, "std": row.std})
+    backbone = _network_of(reading, row, architecture, size)
     state, resampled = _at_its_size(reading, backbone)
     hint = f"the file is {describe(reading)}" + (f"; read as {architecture}" if architecture else "")
     load_whole(backbone.network, state, source=source, hint=hint)
@@ -91,6 +81,26 @@ def _load_reading(
     _say_statistics(backbone, describe(reading), source=source, is_assumed=row is None)
     audit = tuple(resampled.get(change.key, change) for change in reading.audit)
     return Loaded(backbone, source, layout=describe(reading), audit=audit, assumption=assumption)
+
+
+def _network_of(reading: Reading, row: Entry | None, architecture: str | None, size: int | None) -> Backbone:
+    """The network a reading is of, without its weights: what it shows, or what is named with what that leaves open."""
+    network = reading.network
+    at_size = network.at_size(size) if network.at_size is not None and size is not None else {}
+    stated = {"crop_ratio": network.crop_ratio, "interpolation": network.interpolation}
+    changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
+    with WithoutRandomInit():
+        if architecture is None:
+            args = {**network.assumed_args, **network.model_args, **at_size}
+            backbone = build_teacher(network.architecture, size, args)
+            changes |= {"mean": network.mean, "std": network.std}
+        else:
+            own = row.official.model_args if row is not None and row.official is not None else {}
+            args = {**own, **_shared_args(network, architecture), **at_size}
+            backbone = build_teacher(architecture, size, args)
+    if row is not None:
+        changes |= {"mean": row.mean, "std": row.std}
+    return with_preprocessing(backbone, changes)
 
 
 def _load_by_library(

@@ -10,14 +10,15 @@ import contextlib
 import hashlib
 import pickle
 import pickletools
+import re
 import zipfile
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from torch import Tensor
 
 from fdkit.errors import WeightsError
 from fdkit.teachers.torchscript import is_torchscript, read_torchscript
@@ -30,7 +31,10 @@ _ALIEN = (
     (b"\x93NUMPY", "one NumPy array, not a file of weights"),
     (b"\x89HDF", "an HDF5 file, as Keras writes them, not PyTorch weights"),
 )
-_ALIEN_HINTS = {"a Git LFS": "run `git lfs pull` in the repository it came from", "compressed": "unpack it first"}
+_ALIEN_HINTS = {
+    "a Git LFS": "run `git lfs pull` in the repository it came from",
+    "compressed": "unpack it first",
+}
 _TAR_MAGIC = (257, b"ustar")
 _LARGEST_HEADER = 100_000_000
 """Bytes of names and shapes a .safetensors file may have; the format's own bound."""
@@ -44,19 +48,30 @@ def read_file(path: Path) -> Any:
     Raises WeightsError if the file is missing, damaged, no weights at all, or asks to run code.
     """
     start = _first_bytes(path)
-    _refuse_other_kinds(path, start)
-    if _is_safetensors(start) or path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if not start.startswith(b"PK"):
-        return _read_torch(path, is_zip=False)
-    _check_archive(path)
-    return read_torchscript(path) if is_torchscript(path) else _read_torch(path, is_zip=True)
+    is_zip = start.startswith(b"PK")
+    try:
+        if _is_safetensors(start):
+            return safetensors.torch.load_file(path)
+        _refuse_other_kinds(path, start)
+        if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80\x02")):
+            raise WeightsError(
+                f"{path} is named .safetensors and is a PyTorch file", hint="rename it to .pth"
+            )
+        if is_zip:
+            _check_archive(path)
+            if is_torchscript(path):
+                return read_torchscript(path)
+        return _read_torch(path, is_zip=is_zip)
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged file can make a reader fail in any way
+        raise _damaged(path, error) from error
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex; a file that did not change since is not read again."""
     status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
+    return _digest(path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def verify(path: Path, sha256: str, *, found: str | None = None) -> None:
@@ -75,7 +90,7 @@ def verify(path: Path, sha256: str, *, found: str | None = None) -> None:
 
 
 @lru_cache(maxsize=64)
-def _digest(path: Path, size: int, modified_ns: int) -> str:
+def _digest(path: Path, inode: int, size: int, modified_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -116,25 +131,13 @@ def _is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") <= _LARGEST_HEADER
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise damaged(path, error) from error
-
-
 def _check_archive(path: Path) -> None:
     """Refuses a zip that is no file of weights, or whose parts are other than they claim.
 
     PyTorch stores parts as they are; a compressed part may be small in the file and without bound in memory.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise damaged(path, error) from error
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
     names = [part.filename for part in parts]
     if names and all(name.endswith(".npy") for name in names):
         raise WeightsError(
@@ -142,16 +145,19 @@ def _check_archive(path: Path) -> None:
             "keep weights, not PyTorch weights",
             hint="use timm's copy of the same weights: timm:NAME, or a teacher of `fdkit teachers`",
         )
-    if not any(name.endswith("data.pkl") for name in names):
+    if not any(name.endswith(("data.pkl", "/constants.pkl")) for name in names):
         raise WeightsError(
             f"{path} is a zip archive of other files ({', '.join(names[:3]) or 'none'}), not a file of weights",
             hint="unpack it and give the file of weights inside",
         )
-    compressed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
-    if compressed or sum(part.file_size for part in parts) > path.stat().st_size:
+    wanted = [
+        part for part in parts if re.search(r"(^|/)(data\.pkl|data/[^/]*|byteorder|version)$", part.filename)
+    ]
+    compressed = [part.filename for part in wanted if part.compress_type != zipfile.ZIP_STORED]
+    if compressed or sum(part.file_size for part in wanted) > path.stat().st_size:
         raise WeightsError(
-            f"{path} is refused: its parts are compressed ({', '.join(compressed[:3])}) or larger than the file",
-            hint="get the file again from its source: PyTorch itself never compresses what it saves",
+            f"{path} is refused: its tensors are compressed ({', '.join(compressed[:3])}) or larger than the file",
+            hint="get the file again from its source: PyTorch itself does not compress tensors",
         )
 
 
@@ -198,24 +204,11 @@ def _read_torch(path: Path, *, is_zip: bool) -> Any:
     except pickle.UnpicklingError as error:
         asked = _classes_asked_for(path, is_zip=is_zip)
         if not asked:
-            raise damaged(path, error) from None
+            raise _damaged(path, error) from None
         raise WeightsError(
             f"{path} is refused: it asks to run code ({', '.join(asked[:5])}) and holds more than tensors",
             hint="use a .safetensors file, or have the file's author save the state dict alone",
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-        AssertionError,
-        MemoryError,
-    ) as error:
-        raise damaged(path, error) from error
 
 
 def _classes_asked_for(path: Path, *, is_zip: bool) -> list[str]:
@@ -239,8 +232,7 @@ def _classes_asked_for(path: Path, *, is_zip: bool) -> list[str]:
     )
 
 
-def damaged(path: Path, error: BaseException) -> WeightsError:
-    """What to say of a file that cannot be read for `error`."""
+def _damaged(path: Path, error: BaseException) -> WeightsError:
     return WeightsError(
         f"{path} ({path.stat().st_size} bytes) is damaged or cut short, or not a file of weights "
         f"({type(error).__name__})",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fdkit.models.backbone import Backbone, Tokens
-from fdkit.models.layers import layer_position, layer_tokens, list_layers
+from fdkit.models.layers import layer_positions, list_layers
 
 
 class Teacher(nn.Module):
@@ -65,12 +65,13 @@ class Teacher(nn.Module):
         """Blocks of a transformer, or stages of a network whose grid changes; ConfigError if they are not known."""
         return len(list_layers(self.backbone.network))
 
-    def layer_dim(self, layer: int | None) -> int:
-        """Width C of the tokens of a layer; None means the final tokens. ConfigError if there is no such layer."""
-        if layer is None:
+    def layer_dim(self, layer: int | None, *, norm: bool = True) -> int:
+        """Width C of the tokens that `encode` gives for a layer; raises ConfigError where `encode` does."""
+        if layer is None and norm:
             return self.embed_dim
-        layers = list_layers(self.backbone.network)
-        return layers[layer_position(layer, len(layers))].width
+        network = self.backbone.network
+        (place,) = layer_positions(network, [-1 if layer is None else layer], norm=norm)
+        return list_layers(network)[place].width
 
     @overload
     def encode(self, images: Tensor, *, layer: int | None = None, norm: bool = True) -> Tokens: ...
@@ -89,13 +90,12 @@ class Teacher(nn.Module):
         norm: through the network's own final norm, if it has one; False gives them as the layer leaves them.
         Raises ConfigError for a layer that is not there, and for the norm at a stage whose width it does not fit.
         """
-        images = images.to(self.backbone.mean.dtype)
         if layer is None and norm:
             final: Tokens = self.backbone(images)
             return final
         last = -1 if layer is None else layer
         layers = [last] if isinstance(last, int) else last
-        tokens = layer_tokens(self.backbone.network, self.backbone.normalise(images), layers, norm=norm)
+        tokens = self.backbone.encode_layers(images, layers, norm=norm)
         return tokens[0] if isinstance(last, int) else tokens
 
     def forward(self, images: Tensor) -> Tokens:

@@ -1,57 +1,41 @@
-"""Reads weight files safely and loads them whole: nothing is run, nothing is guessed, nothing is left out unsaid.
+"""Loads state dicts whole: nothing is guessed, and nothing is left out unsaid.
 
-A file may name only tensors and plain containers. Of its keys, only those an explicit rule names are left out;
-any other difference between the file and the network is an error.
+Of a file's tensors, only those an explicit rule names are left out; any other difference between the file and the
+network is an error, found before the network is touched.
 """
 
-import argparse
-import contextlib
-import hashlib
 import logging
-import pickle
-import pickletools
 import re
-import zipfile
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import sys
+from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fdkit.errors import WeightsError
+from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import check_state
+from fdkit.teachers.official import Change
 
 logger = logging.getLogger("fdkit")
 
 State = dict[str, Tensor]
 
 
-class Unwrapped(NamedTuple):
-    """The state dict inside a file, and how it was wrapped."""
-
-    state: State
-    container: str
-    """The key it stood under, such as `model`; empty for a flat file."""
-    prefix: str
-    """What was taken off the front of the keys, such as `module.backbone.`."""
-
-
 class Rule(NamedTuple):
-    """Keys that may be in a file and not in the network."""
+    """Tensors that may be in a library's file and not in the network."""
 
     what: str
     pattern: str
 
 
-HEADS = Rule("classifier and training heads", r"(head|head_dist|head_dense|fc|classifier|cls_head)\.(?!norm)")
 RULES = (
-    HEADS,
+    Rule("classifier and training heads", r"(head|head_dist|head_dense|fc|classifier|cls_head)\.(?!norm)"),
     Rule("masked-image decoder", r"decoder(_\w+)?(\.|$)"),
     Rule("mask token", r"mask_token$"),
     Rule("index buffers", r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask)$"),
-    Rule("momentum encoder and predictor", r"(momentum_encoder|predictor|projector|projection_head|queue)"),
 )
 CLIP_RULES = (
     Rule(
@@ -59,14 +43,6 @@ CLIP_RULES = (
         r"(text\.|transformer\.|token_embedding\.|ln_final\.|positional_embedding$|text_projection$|attn_mask$"
         r"|logit_scale$|logit_bias$|input_resolution$|context_length$|vocab_size$)",
     ),
-)
-
-_CONTAINERS = ("state_dict_ema", "model_ema", "teacher", "model", "state_dict", "student", "encoder")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "base_encoder.")
-_ALIEN = (
-    (rb"\s*<(!doctype|html|\?xml|head|body)", "a web page"),
-    (rb"version https://git-lfs", "a Git LFS pointer"),
-    (rb"\s*\{\s*\"", "a JSON text"),
 )
 
 
@@ -90,105 +66,40 @@ class WithoutRandomInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def fit_library(backbone: Backbone, state: State, *, source: str, hint: str = "") -> tuple[Change, ...]:
+    """Weights into a network through its library's own conversion; what became of every tensor of the file.
 
-
-def read_weights(path: Path) -> Unwrapped:
-    """The tensors of a .safetensors or PyTorch file; the file's code, if it has any, is never run.
-
-    Containers (`model`, `state_dict`, `teacher`, ...) are opened and wrapper prefixes (`module.`, `backbone.`, ...)
-    taken off. Raises WeightsError if the file is missing, damaged, no weights at all, or asks to run code.
+    For files in timm's names or any that timm converts, and for the image tower of an open_clip file.
+    Raises WeightsError as `load_whole`.
     """
-    _check_plausible(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return unwrap(content, path)
-
-
-def unwrap(content: Any, path: Path) -> Unwrapped:
-    """The state dict inside what a file held; `path` is for the messages."""
-    container = ""
-    if isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        container = next((key for key in _CONTAINERS if isinstance(content.get(key), dict)), "")
-        content = content.get(container)
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds no state dict", hint=f"looked for {', '.join(_CONTAINERS)}")
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise WeightsError(f"{path} holds no tensors" + (f" under {container}" if container else ""))
-    state, prefix = _without_prefixes(state, path)
-    if container or prefix:
-        logger.info(
-            "%s: weights taken from %s", path, ", ".join(filter(None, [container, prefix and prefix + "*"]))
-        )
-    return Unwrapped(state, container, prefix)
-
-
-def load_whole(
-    network: nn.Module,
-    state: State,
-    *,
-    adapt: Callable[[State], State],
-    rules: Iterable[Rule],
-    source: str,
-    hint: str = "",
-) -> None:
-    """Copies a state dict into a network: every tensor of the network from the file, every tensor of the file used
-    or named by a rule.
-
-    adapt: the library's own conversion (key names, position embedding to the network's grid).
-    source, hint: name the file, and the remedy, in messages.
-    Raises WeightsError with the first differing keys and their shapes, or the name of a tensor that is not finite.
-    """
+    network = backbone.network
     own = network.state_dict()
-    _check_patch_size(own, state, source=source, hint=hint)
+    _refuse_other_patch_size(own, state, source=source, hint=hint)
+    tower, left_out = _image_tower(state, source=source)
     try:
-        fitted = adapt(dict(state))
+        converted = _converted(backbone, tower)
     except Exception as error:
-        _check_keys(network, drop(state, own, rules, source=source), source=source, hint=hint)
+        _check_keys(network, _without(tower, own, RULES)[0], source=source, hint=hint)
         raise WeightsError(f"{source} does not fit the model: {error}", hint=hint) from error
-    fitted = drop(fitted, own, rules, source=source)
-    _check_keys(network, fitted, source=source, hint=hint)
-    check_finite(fitted, source=source)
-    if (was := state.get("pos_embed")) is not None and was.shape != fitted.get("pos_embed", was).shape:
-        logger.info(
-            "%s: position embedding %s resampled to %s",
-            source,
-            tuple(was.shape),
-            tuple(fitted["pos_embed"].shape),
-        )
-    network.load_state_dict(fitted, strict=True)
+    fitted, dropped = _without(converted, own, RULES)
+    load_whole(network, fitted, source=source, hint=hint)
+    origin = {value.data_ptr(): key for key, value in state.items() if value.numel()}
+    left_out |= {origin.get(converted[key].data_ptr(), key): why for key, why in dropped.items()}
+    return _audit(state, fitted, left_out)
 
 
-def drop(state: State, own: Iterable[str], rules: Iterable[Rule], *, source: str) -> State:
-    """The state without the keys that are not the network's `own` and that a rule names; each rule used is logged."""
-    kept = dict(state)
-    dropped: dict[str, list[str]] = {}
-    for key in state.keys() - set(own):
-        rule = next((rule for rule in rules if re.match(rule.pattern, key)), None)
-        if rule:
-            del kept[key]
-            dropped.setdefault(rule.what, []).append(key)
-    for what, keys in dropped.items():
-        logger.info("%s: left out %d tensors (%s), such as %s", source, len(keys), what, min(keys))
-    return kept
+def load_whole(network: nn.Module, state: State, *, source: str, hint: str = "") -> None:
+    """Makes a state dict a network's own, its tensors used as they are where dtype and layout allow.
 
-
-def image_tower(state: State, *, source: str) -> State:
-    """A CLIP state without its text tower, which shares names with the image tower's; any other state unchanged.
-
-    Raises WeightsError for keys that belong to neither tower.
+    source, hint: name the file, and the remedy, in messages.
+    Raises WeightsError with the first differing keys and their shapes, or the name of a tensor that is not finite;
+    the network is then as it was.
     """
-    if not any(key.startswith("visual.") for key in state):
-        return state
-    kept = drop(state, (), CLIP_RULES, source=source)
-    if others := sorted(key for key in kept if not key.startswith("visual.")):
-        raise WeightsError(
-            f"{source} holds a CLIP model and {len(others)} unknown tensors: {', '.join(others[:5])}"
-        )
-    return kept
+    _check_keys(network, state, source=source, hint=hint)
+    check_finite(state, source=source)
+    own = network.state_dict()
+    fitted = {key: value.to(own[key].dtype).contiguous() for key, value in state.items()}
+    network.load_state_dict(fitted, strict=True, assign=True)
 
 
 def check_finite(state: State, *, source: str) -> None:
@@ -202,6 +113,80 @@ def check_finite(state: State, *, source: str) -> None:
             )
 
 
+def _converted(backbone: Backbone, state: State) -> State:
+    """The tensors under the network's names, position tables for its grid, as the library itself does it."""
+    if backbone.recipe["library"] == "timm":
+        return _timm_converted(backbone, state)
+    import open_clip
+
+    open_clip.model.resize_pos_embed(state, SimpleNamespace(visual=backbone.network))
+    return {key.removeprefix("visual."): value for key, value in state.items()}
+
+
+def _timm_converted(backbone: Backbone, state: State) -> State:
+    """What timm itself does to a published file before loading it."""
+    import timm
+
+    architecture = backbone.recipe["architecture"].partition(".")[0]
+    module = sys.modules[timm.models.model_entrypoint(architecture).__module__]
+    names = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+    convert = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    if convert is None:
+        return state
+    options: dict[str, Any] = {}
+    if module.__name__.endswith(".deit"):
+        options = {"adapt_layer_scale": True}
+    if "flexi" in architecture or "radio" in architecture:
+        options = {"interpolation": "bilinear", "antialias": False}
+    return dict(convert(dict(state), backbone.network, **options))
+
+
+def _image_tower(state: State, *, source: str) -> tuple[State, dict[str, str]]:
+    """A CLIP state without its text tower, which shares names with the image tower's, and what was left out and why;
+    any other state unchanged.
+
+    Raises WeightsError for keys that belong to neither tower.
+    """
+    if not any(key.startswith("visual.") for key in state):
+        return dict(state), {}
+    kept, dropped = _without(state, (), CLIP_RULES)
+    if others := sorted(key for key in kept if not key.startswith("visual.")):
+        raise WeightsError(
+            f"{source} holds a CLIP model and {len(others)} unknown tensors: {', '.join(others[:5])}"
+        )
+    return kept, dropped
+
+
+def _without(state: State, own: Iterable[str], rules: Iterable[Rule]) -> tuple[State, dict[str, str]]:
+    """The state without the keys that are not the network's `own` and that a rule names; and those, with the rule."""
+    kept, dropped = dict(state), {}
+    for key in state.keys() - set(own):
+        rule = next((rule for rule in rules if re.match(rule.pattern, key)), None)
+        if rule:
+            del kept[key]
+            dropped[key] = rule.what
+    return kept, dropped
+
+
+def _audit(state: State, fitted: State, dropped: dict[str, str]) -> tuple[Change, ...]:
+    """What became of each tensor of a file that a library converted, followed by where its values lie in memory."""
+    names = {value.data_ptr(): key for key, value in fitted.items() if value.numel()}
+    changes = []
+    for key in sorted(state):
+        became = names.get(state[key].data_ptr())
+        if key in dropped:
+            changes.append(Change(key, None, dropped[key]))
+        elif became is not None:
+            changes.append(
+                Change(key, became, "" if became in (key, key.removeprefix("visual.")) else "renamed")
+            )
+        elif key in fitted:
+            changes.append(Change(key, key, "converted by the library, for the network's size or layout"))
+        else:
+            changes.append(Change(key, None, "taken apart or left out by the library's own conversion"))
+    return tuple(changes)
+
+
 def _check_keys(network: nn.Module, state: State, *, source: str, hint: str) -> None:
     try:
         check_state(network, state, source=source)
@@ -209,7 +194,7 @@ def _check_keys(network: nn.Module, state: State, *, source: str, hint: str) -> 
         raise WeightsError(error.message, hint=hint) from None
 
 
-def _check_patch_size(own: State, state: State, *, source: str, hint: str) -> None:
+def _refuse_other_patch_size(own: State, state: State, *, source: str, hint: str) -> None:
     """Refuses another patch size or width before a library's conversion could resample it."""
     wanted = own.get("patch_embed.proj.weight")
     if wanted is None:
@@ -222,100 +207,3 @@ def _check_patch_size(own: State, state: State, *, source: str, hint: str) -> No
                 f"the model has {tuple(wanted.shape)}",
                 hint=hint,
             )
-
-
-def _without_prefixes(state: State, path: Path) -> tuple[State, str]:
-    """The state with wrapper prefixes taken off, outermost first; keys outside the prefix stay as they are."""
-    taken, count = "", len(state)
-    while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-        taken += prefix
-    if len(state) < count:
-        raise WeightsError(
-            f"{path} holds the same names with and without the prefix {taken}: which model is meant?"
-        )
-    return state, taken
-
-
-def _check_plausible(path: Path) -> None:
-    """Refuses what is plainly no weight file, with the reason in plain words."""
-    if not path.is_file():
-        raise WeightsError(f"there is no file {path}")
-    with path.open("rb") as file:
-        start = file.read(64)
-    if path.stat().st_size == 0:
-        raise WeightsError(
-            f"{path} is empty (0 bytes)", hint="the download or copy was cut: get the file again"
-        )
-    for sign, what in _ALIEN:
-        if re.match(sign, start, re.IGNORECASE):
-            raise WeightsError(
-                f"{path} is not a file of weights but {what}", hint="download the weights themselves"
-            )
-
-
-def _damaged(path: Path, error: BaseException) -> WeightsError:
-    return WeightsError(
-        f"{path} ({path.stat().st_size} bytes) is damaged or cut short, or not a file of weights "
-        f"({type(error).__name__})",
-        hint="get the file again and compare its size or SHA-256 with the source's",
-    )
-
-
-def _read_safetensors(path: Path) -> State:
-    import safetensors.torch
-
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _read_torch(path: Path) -> Any:
-    """The content of a PyTorch file: tensors, containers and numbers; of classes, only argparse's Namespace, in
-    which many published files keep the options of their training.
-    """
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip and _is_torchscript(path):
-        raise WeightsError(
-            f"{path} is a TorchScript program, not a file of weights, and is not run",
-            hint="for OpenAI's CLIP use the catalog names clip_vitb, clip_vitl, ...; else save the state dict alone",
-        )
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        asked = _classes_asked_for(path, is_zip=is_zip)
-        if not asked:
-            raise _damaged(path, error) from None
-        raise WeightsError(
-            f"{path} is refused: it asks to run code ({', '.join(asked[:5])}) and holds more than tensors",
-            hint="use a .safetensors file, or have the file's author save the state dict alone",
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise _damaged(path, error) from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile as error:
-        raise _damaged(path, error) from error
-
-
-def _classes_asked_for(path: Path, *, is_zip: bool) -> list[str]:
-    """What a refused pickle wanted to import, beyond tensors; its instructions are listed, not followed."""
-    if is_zip:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    asked, strings = set(), [""]
-    with path.open("rb") as file, contextlib.suppress(ValueError):  # ends where no further pickle follows
-        while True:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    asked.add(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    asked.add(".".join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    return sorted(name for name in asked if not name.startswith(("torch.", "collections.OrderedDict")))

@@ -4,6 +4,7 @@ from typing import Any
 
 from fdkit.methods._method import Method
 from fdkit.models.libraries import save_backbone
+from fdkit.teachers.licensing import combined_terms, recorded_teachers, terms_of_identity
 from fdkit.training.checkpoint import write_whole
 from fdkit.training.run import Run
 
@@ -16,11 +17,11 @@ def export_student(method: Method, run: Run) -> None:
 
 
 def model_card(method: Method, run: Run) -> str:
-    """The card in Markdown: what the student is, its teacher and licence, images, recipe and last metrics."""
+    """The card in Markdown: what the student is, its teachers and their licences, images, recipe and last metrics."""
     facts, student = run.facts, method.student
     architecture = student.recipe.get("architecture", type(student.network).__name__)
     num_parameters = sum(parameter.numel() for parameter in student.network.parameters())
-    teacher: dict[str, Any] = facts.get("teacher") or {}
+    teachers = recorded_teachers(facts)
     data: dict[str, Any] = facts.get("data") or {}
     last: dict[str, Any] = next((line for line in reversed(run.metrics()) if "loss" in line), {})
     sections = [
@@ -38,10 +39,8 @@ def model_card(method: Method, run: Run) -> str:
             }
         ),
     ]
-    if teacher:
-        licence = teacher.get("license") or "not stated"
-        note = f"The student learned from this teacher's features: the teacher's licence ({licence}) may bind its use."
-        sections += ["## Teacher", _table(teacher), note]
+    if teachers:
+        sections += _teacher_sections(teachers)
     if last:
         sections += ["## Last logged metrics", _table(last)]
     sections += [
@@ -52,6 +51,19 @@ def model_card(method: Method, run: Run) -> str:
         f"```yaml\n{run.config_yaml.strip()}\n```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _teacher_sections(teachers: list[dict[str, Any]]) -> list[str]:
+    """Who taught the student, and what their licences may mean for it."""
+    terms = combined_terms(terms_of_identity(teacher) for teacher in teachers)
+    whose = "the teacher's licence" if len(teachers) == 1 else "the teachers' licences"
+    notes = [f"The student learned from these features: {whose} ({terms.license}) may bind its use."]
+    if terms.is_noncommercial:
+        forbidding = [teacher for teacher in teachers if terms_of_identity(teacher).is_noncommercial]
+        names = ", ".join(f"{teacher.get('name')} ({teacher.get('license')})" for teacher in forbidding)
+        notes.append(f"**Non-commercial**: the weights of {names} are for non-commercial use only.")
+    heading = "## Teacher" if len(teachers) == 1 else "## Teachers"
+    return [heading, *(_table(teacher) for teacher in teachers), *notes]
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -60,6 +60,13 @@ class Network(NamedTuple):
     """(1, h*w, D) positions for another input size, as the official code makes them; None: it takes no other."""
     resample_bias: Resample | None = None
     """(rows, heads) relative position biases likewise; the grids are windows."""
+    at_size: Callable[[int], dict[str, Any]] | None = None
+    """Arguments that change, beside img_size, with an image size in pixels; None: none does. It raises ConfigError for
+    a size at which the timm network would not compute what the official one does."""
+    crop_ratio: float | None = None
+    """Image size over the short side after resizing, in the official evaluation; None: timm's for the architecture."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How the official evaluation resizes; None likewise."""
 
 
 class Reading(NamedTuple):
