@@ -47,11 +47,15 @@ COMMANDS = {
         "fdkit analyze attention-distance MODEL [MODEL ...] --data PATH",
         "analysis",
     ),
+    "teachers": CommandEntry(
+        "List the known teachers, or show one whole.", "fdkit teachers [NAME] [--family dinov2]"
+    ),
     "doctor": CommandEntry("Whether a teacher is to be trusted, tensor by tensor.", "fdkit doctor TEACHER"),
 }
 
 EPILOGUE = """\
-MODEL  a catalog name (clip_vitb), timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo
+MODEL  a name in `fdkit teachers` (clip_vitb), timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder,
+       or demo
 PATH   a folder of images (sub-folders are classes; train/ and test/ or val/ are splits), digits, demo,
        or torchvision:CIFAR10
 

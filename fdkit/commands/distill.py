@@ -1,6 +1,7 @@
 """`fdkit distill --teacher clip_vitb --data PATH`: a better student from a pretrained teacher."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -39,7 +40,7 @@ class DistillConfig(ModelOptions, TrainingCommand):
     Example: fdkit distill --teacher demo --data demo --output runs/first
     """
 
-    ALIASES: ClassVar[dict[str, str]] = {"--student": "--student.name"}
+    ALIASES: ClassVar[dict[str, str]] = {**ModelOptions.ALIASES, "--student": "--student.name"}
 
     teacher: str
     """A catalog name, timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo; or several of them with
@@ -51,7 +52,7 @@ class DistillConfig(ModelOptions, TrainingCommand):
     @property
     def teachers(self) -> list[str]:
         """The names of the teachers: one, unless there are commas between several; a path may hold commas."""
-        if Path(self.teacher).expanduser().exists():
+        if os.path.exists(os.path.expanduser(self.teacher)):  # unlike Path's, false for a name too long
             return [self.teacher]
         return [name.strip() for name in self.teacher.split(",")]
 
@@ -59,11 +60,6 @@ class DistillConfig(ModelOptions, TrainingCommand):
     @classmethod
     def _student_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _teachers_in_one_line(cls, value: Any) -> Any:
-        return one_line(value) if isinstance(value, (list, tuple)) else value
 
     @model_validator(mode="after")
     def _suits_its_teachers(self) -> Self:

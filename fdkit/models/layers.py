@@ -147,9 +147,8 @@ def _timm_norm(network: Any) -> nn.Module:
     """The norm between the last layer and the final tokens, in front of the pooling or behind it."""
     from timm.models.convnext import ConvNeXt
 
-    own = network.norm_pre if isinstance(network, ConvNeXt) else getattr(network, "norm", None)
-    is_there = isinstance(own, nn.Module) and not isinstance(own, nn.Identity)
-    return own if is_there else norm_after_pool(network)
+    own: Any = network.norm_pre if isinstance(network, ConvNeXt) else getattr(network, "norm", None)
+    return norm_after_pool(network) if own is None or isinstance(own, nn.Identity) else own
 
 
 def _clip_layers(visual: Any) -> list[Layer]:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from fdkit.teachers.building import (
 )
 from fdkit.teachers.catalog import CATALOG, Entry
 from fdkit.teachers.files import read_file, sha256_of, verify
-from fdkit.teachers.official import LAYOUTS, Change, Network, Reading, read
-from fdkit.teachers.official._layout import Resample, nearest, state_in
+from fdkit.teachers.official import LAYOUTS, Change, Network, Reading
+from fdkit.teachers.official._layout import Resample, match, nearest, refuse_linear_probe, state_in
 from fdkit.teachers.request import Loaded, Request
 from fdkit.teachers.weights import WithoutRandomInit, fit_library, load_whole
 
@@ -38,21 +39,20 @@ def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
     Raises WeightsError if it is none of the known layouts, does not fit, or is not the file its name says.
     """
     row = row or CATALOG.get(request.architecture or "")
+    content = read_file(path)
     digest = sha256_of(path)
     for known in [row] if row else [entry for entry in CATALOG.values() if _is_file_of(entry, path)]:
         if known.official is not None and known.official.sha256 and _is_file_of(known, path):
             verify(path, known.official.sha256, found=digest)
-    content = read_file(path)
     state = state_in(content, source=str(path), checkpoint_key=request.checkpoint_key)
+    refuse_linear_probe(content, state, source=str(path))
     architecture = _architecture(request, row, path)
     reads_by_library = architecture is not None and (
         request.keep_head
         or architecture.startswith("open_clip:")
         or any(key.startswith("visual.") for key in state)
     )
-    reading = None
-    if not reads_by_library:
-        reading = read(content, LAYOUTS, source=str(path), checkpoint_key=request.checkpoint_key)
+    reading = None if reads_by_library else match(state, LAYOUTS, checkpoint_key=request.checkpoint_key)
     if reading is not None:
         loaded = _load_reading(reading, request, row, architecture, source=str(path))
     elif architecture is not None:
@@ -61,6 +61,7 @@ def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
         raise _unknown(path, state)
     if row is not None:
         loaded = loaded._replace(license=row.license, is_noncommercial=row.is_noncommercial)
+    _say_left_out(loaded.audit, source=str(path))
     return loaded._replace(sha256=digest)
 
 
@@ -215,6 +216,16 @@ def _resampled(table: Tensor, resample: Resample, side: int, new_side: int, *, i
         return resample(table, old, new)
     num_prefix = table.shape[1] - side * side
     return torch.cat([table[:, :num_prefix], resample(table[:, num_prefix:], old, new)], dim=1)
+
+
+def _say_left_out(audit: Iterable[Change], *, source: str) -> None:
+    """What of the file is no part of the network, by reason."""
+    left_out: dict[str, list[str]] = {}
+    for change in audit:
+        if change.became is None:
+            left_out.setdefault(change.reason, []).append(change.key)
+    for reason, keys in left_out.items():
+        logger.info("%s: left out %d tensors (%s), such as %s", source, len(keys), reason, keys[0])
 
 
 def _say_statistics(backbone: Backbone, what: str, *, source: str, is_assumed: bool) -> None:

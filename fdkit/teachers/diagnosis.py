@@ -163,7 +163,7 @@ def _check_finite(tokens: Tokens) -> Check:
         return Check("finite", "ok", f"all {every.numel()} numbers of the features of 6 built-in images")
     bad = int((~every.isfinite()).sum())
     return Check(
-        "finite", "wrong", f"{bad} of {every.numel()} features are NaN or infinite", "try --precision fp32"
+        "finite", "wrong", f"{bad} of {every.numel()} features are NaN or infinite", "get the weights again"
     )
 
 

@@ -1,13 +1,35 @@
-"""Finds the weight files that timm and open_clip publish: in the local cache first, then over the network."""
+"""Finds the weight files that are published somewhere: in the local cache first, then over the network.
 
+Files of the Hugging Face hub lie in its own cache (HF_HOME, HF_HUB_CACHE), files at plain addresses where `torch.hub`
+keeps its checkpoints (TORCH_HOME). HF_HUB_OFFLINE=1 keeps every one of these functions off the network.
+"""
+
+import errno
+import hashlib
 import logging
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
-from fdkit.errors import WeightsError
+from fdkit.errors import ConfigError, ResourceError, WeightsError
+from fdkit.teachers.files import verify
 
 logger = logging.getLogger("fdkit")
 
 _CONNECT_SECONDS = 5.0
+_CARDS = ("open_clip_config.json", "preprocessor_config.json", "README.md")
+"""Files of a repository beside config.json and its weights that say what the weights are."""
+_WEIGHTS = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+_ANY_FILE = re.compile(
+    r"(checkpoint|ckpt|model|pytorch|weights|best|last|latest|final|teacher|student|[-_.\d])+"
+)
+"""File names that say nothing: at two addresses they are two files."""
 
 
 def fetch_timm(name: str) -> Path:
@@ -23,10 +45,11 @@ def fetch_timm(name: str) -> Path:
             f"timm has no pretrained weights of {name}",
             hint="give a file of weights with --teacher FILE --architecture " + name,
         )
+    missing = _Missing(f"timm:{name}", name)
     if cfg.hf_hub_id:
         files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-        return _from_hub(cfg.hf_hub_id, files, model=f"timm:{name}", architecture=name)
-    return _from_url(cfg.url, model=f"timm:{name}", architecture=name)
+        return _from_hub(cfg.hf_hub_id, files, missing)
+    return _from_url(cfg.url, None, missing)
 
 
 def fetch_open_clip(arch: str, tag: str) -> Path:
@@ -34,69 +57,164 @@ def fetch_open_clip(arch: str, tag: str) -> Path:
     import open_clip
 
     stated = open_clip.get_pretrained_cfg(arch, tag)
-    model, architecture = f"open_clip:{arch}/{tag}", f"open_clip:{arch}"
+    missing = _Missing(f"open_clip:{arch}/{tag}", f"open_clip:{arch}")
     if not stated.get("hf_hub"):
         if not stated.get("url"):
-            raise WeightsError(f"open_clip has no weights {model}")
-        return _from_url(stated["url"], model=model, architecture=architecture)
+            raise WeightsError(f"open_clip has no weights {missing.model}")
+        return _from_url(stated["url"], None, missing)
     repo, _, filename = stated["hf_hub"].rpartition("/")
     filename = filename or "open_clip_pytorch_model.bin"
     safe = "open_clip_model.safetensors"
     if filename != "open_clip_pytorch_model.bin":
         safe = str(Path(filename).with_suffix(".safetensors"))
-    return _from_hub(repo, list(dict.fromkeys([safe, filename])), model=model, architecture=architecture)
+    return _from_hub(repo, list(dict.fromkeys([safe, filename])), missing)
 
 
-def _from_hub(repo: str, files: list[str], *, model: str, architecture: str) -> Path:
+def fetch_official(url: str, *, sha256: str | None, name: str) -> Path:
+    """The file its authors publish at a plain address.
+
+    sha256: as published, in full or its first digits; checked on a file in the cache too. OpenAI's addresses state it.
+    name: the teacher, for messages and `--arch`.
+    Raises WeightsError if it is neither cached nor reachable, or is not the published file; ResourceError for a full
+    disk.
+    """
+    return _from_url(url, sha256, _Missing(name, name))
+
+
+def fetch_repo(repo: str, revision: str = "main") -> Path:
+    """The folder of a hub repository's model: its config, its cards, and one file of weights, all of one commit.
+
+    repo: ORG/REPO. revision: a branch, tag or commit; what is cached of it is taken without asking the network.
+    Raises ConfigError for what is no repository's name, WeightsError if it has no model, or is neither cached nor
+    reachable.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(
+            f"hf:{repo} is not the name of a repository", hint="write hf:ORG/REPO or hf:ORG/REPO@REVISION"
+        )
+    missing = _Missing(f"hf:{repo}@{revision}", "ARCH")
+    config = _from_hub(repo, ["config.json", "open_clip_config.json"], missing, revision)
+    commit = config.parent.name
+    _from_hub(repo, list(_WEIGHTS), missing, commit)
+    for card in _CARDS:
+        _optional(repo, card, commit)
+    return config.parent
+
+
+def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str = "main") -> Path:
     """The first of `files` that the repository has; a cached one is taken without asking the network."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     for file in files:
-        if isinstance(cached := try_to_load_from_cache(repo, file), str):
+        if isinstance(cached := try_to_load_from_cache(repo, file, revision=revision), str):
             return Path(cached)
-    address = f"{constants.ENDPOINT}/{repo}/resolve/main/{files[0]}"
-    missing = _Missing(model, architecture, address, cache=constants.HF_HUB_CACHE)
+    missing = missing._replace(
+        address=f"{constants.ENDPOINT}/{repo}/resolve/{revision}/{files[0]}", cache=constants.HF_HUB_CACHE
+    )
     if reason := _why_unreachable():
         raise missing.error(reason)
     for file in files:
         try:
             logger.info("downloading %s of %s", file, repo)
-            return Path(hf_hub_download(repo, file, etag_timeout=_CONNECT_SECONDS))
+            return Path(hf_hub_download(repo, file, revision=revision, etag_timeout=_CONNECT_SECONDS))
         except LocalEntryNotFoundError as error:
             raise missing.error("the hub does not answer") from error
         except EntryNotFoundError:
             continue
         except (OSError, HfHubHTTPError) as error:
-            raise missing.error(_first_line(error)) from error
+            raise _hub_refusal(repo, error, missing) from error
     raise missing.error(f"{repo} has neither {' nor '.join(files)}")
 
 
-def _from_url(url: str, *, model: str, architecture: str) -> Path:
+def _optional(repo: str, file: str, commit: str) -> None:
+    """Brings a file that a repository may not have; what is in the cache, or known there to be missing, is enough."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if try_to_load_from_cache(repo, file, revision=commit) is not None or _why_unreachable():
+        return
+    try:
+        hf_hub_download(repo, file, revision=commit, etag_timeout=_CONNECT_SECONDS)
+    except EntryNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("%s of %s could not be had: %s", file, repo, _first_line(error))
+
+
+def _hub_refusal(repo: str, error: Exception, missing: "_Missing") -> Exception:
+    """What the hub's refusal means, in plain words."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            f"no room for the files of {repo} in {constants.HF_HUB_CACHE}: {error.strerror}",
+            hint="free some space there, or set HF_HOME to a folder on a larger disk; what is received is kept",
+        )
+    if isinstance(error, GatedRepoError):
+        return WeightsError(
+            f"weights of {missing.model}: {repo} is gated, and this account has no access to it",
+            hint=f"accept its terms at {constants.ENDPOINT}/{repo}, then `hf auth login` or set HF_TOKEN",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return missing.error(f"{repo} has no such revision")
+    if isinstance(error, RepositoryNotFoundError):
+        return missing.error(f"there is no repository {repo}, or it is private (set HF_TOKEN)")
+    return missing.error(_first_line(error))
+
+
+def _from_url(url: str, sha256: str | None, missing: "_Missing") -> Path:
     """A file at a plain address, kept where `torch.hub` keeps its checkpoints."""
     import torch.hub
     from huggingface_hub import constants
 
+    from fdkit.teachers.download import UnreachableError, download
+
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / url.rpartition("/")[2]
+    path = folder / file_name(url)
+    stated = next(
+        (part for part in urlsplit(url).path.split("/") if re.fullmatch(r"[0-9a-f]{64}", part)), None
+    )
+    sha256 = sha256 or stated
     if path.is_file():
+        if sha256:
+            verify(path, sha256)
         return path
-    missing = _Missing(model, architecture, url, cache=str(folder))
+    missing = missing._replace(address=url, cache=str(folder))
     if constants.HF_HUB_OFFLINE:
         raise missing.error("HF_HUB_OFFLINE is set")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, str(path), progress=False)
+        download(url, path, sha256=sha256)
+    except UnreachableError as error:
+        raise missing.error(str(error)) from error
     except OSError as error:
         raise missing.error(_first_line(error)) from error
     return path
 
 
-class _Missing:
+def file_name(url: str) -> str:
+    """The name under which the file at an address is kept: its own, or one with a mark of the address where its own
+    says nothing, as checkpoint_best.pth does. WeightsError if the address names no file.
+    """
+    address = urlsplit(url)
+    name = PurePosixPath(unquote(address.path)).name
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name):
+        raise WeightsError(f"the address {url or '(none)'} names no file of weights")
+    stem, dot, suffix = name.partition(".")
+    if not _ANY_FILE.fullmatch(stem):
+        return name
+    mark = hashlib.sha256(f"{address.hostname}{address.path}".encode()).hexdigest()[:8]
+    return f"{stem}-{mark}{dot}{suffix}"
+
+
+class _Missing(NamedTuple):
     """What to say about weights that cannot be had."""
 
-    def __init__(self, model: str, architecture: str, address: str, *, cache: str) -> None:
-        self.model, self.architecture, self.address, self.cache = model, architecture, address, cache
+    model: str
+    architecture: str
+    address: str = ""
+    cache: str = ""
 
     def error(self, reason: str) -> WeightsError:
         return WeightsError(

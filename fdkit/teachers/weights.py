@@ -95,9 +95,10 @@ def load_whole(network: nn.Module, state: State, *, source: str, hint: str = "")
     Raises WeightsError with the first differing keys and their shapes, or the name of a tensor that is not finite;
     the network is then as it was.
     """
+    own = network.state_dict()
+    _refuse_other_patch_size(own, state, source=source, hint=hint)
     _check_keys(network, state, source=source, hint=hint)
     check_finite(state, source=source)
-    own = network.state_dict()
     fitted = {key: value.to(own[key].dtype).contiguous() for key, value in state.items()}
     network.load_state_dict(fitted, strict=True, assign=True)
 

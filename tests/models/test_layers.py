@@ -217,7 +217,9 @@ def test_the_pass_stops_behind_the_deepest_layer_asked_for(name: str) -> None:
     watched = _watch(CASES[name])
     num_layers = len(list_layers(watched.network))
     with torch.no_grad():
-        second, again, first = layer_tokens(watched.network, watched.images, [1, 1 - num_layers, 0], norm=False)
+        second, again, first = layer_tokens(
+            watched.network, watched.images, [1, 1 - num_layers, 0], norm=False
+        )
     assert watched.calls == [0, 1]
     assert torch.equal(second.patches, again.patches)
     assert first.patches.shape != second.patches.shape or not torch.equal(first.patches, second.patches)
@@ -226,7 +228,7 @@ def test_the_pass_stops_behind_the_deepest_layer_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_STAGES)
 def test_the_norm_at_an_earlier_stage_is_refused(name: str) -> None:
     watched = _watch(CASES[name])
-    with pytest.raises(ConfigError, match="layer 1: the final norm of .* fits its last stage alone"):
+    with pytest.raises(ConfigError, match=r"layer 1: the final norm of .* fits its last stage alone"):
         layer_tokens(watched.network, watched.images, [-1, 1], norm=True)
     assert watched.calls == []
 
@@ -242,7 +244,9 @@ def test_a_tower_around_a_timm_model_is_read_as_that_model() -> None:
     assert torch.equal(second.patches, expected)
 
 
-@pytest.mark.parametrize(("name", "stage", "grid", "width"), [("swin", 1, (8, 8), 24), ("resnet", 0, (16, 24), 6)])
+@pytest.mark.parametrize(
+    ("name", "stage", "grid", "width"), [("swin", 1, (8, 8), 24), ("resnet", 0, (16, 24), 6)]
+)
 def test_a_stage_has_its_own_grid_and_width(name: str, stage: int, grid: tuple[int, int], width: int) -> None:
     watched = _watch(CASES[name])
     (tokens,) = layer_tokens(watched.network, watched.images, [stage], norm=False)

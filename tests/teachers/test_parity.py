@@ -14,8 +14,8 @@ from fdkit.errors import WeightsError
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import _open_clip_backbone, build_backbone, build_timm
 from fdkit.teachers.loading import load_teacher
-from fdkit.teachers.model import _fit
 from fdkit.teachers.teacher import Teacher
+from fdkit.teachers.weights import fit_library
 
 
 def every_seventh(teacher: Teacher, images: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def test_mae_tokens_equal_the_official_ones_from_the_whole_file(
     torch.save({"model": values.state}, tmp_path / "mae_visualize_vit_base.pth")
     caplog.set_level("INFO", logger="fdkit")
     teacher = load_teacher(str(tmp_path / "mae_visualize_vit_base.pth"))
-    assert "(masked-image decoder)" in caplog.text
+    assert "(decoder of masked patches)" in caplog.text
     assert (every_seventh(teacher, golden_images) - values["tokens"]).abs().max() < 2e-4
     teacher.backbone.network.norm = nn.Identity()
     assert (every_seventh(teacher, golden_images) - values["tokens"]).abs().max() > 1e-2
@@ -116,7 +116,7 @@ def test_clip_tokens_of_timm_equal_open_clips(clip_tower: Backbone, name: str, i
     state = {f"visual.{key}": value for key, value in clip_tower.network.state_dict().items()}
     state["logit_scale"] = torch.tensor(4.6)
     backbone = build_timm(name, SMALL)
-    _fit(backbone, state, source="clip")
+    fit_library(backbone, state, source="clip")
     images = torch.rand(2, 3, 48, 48)
     teacher = Teacher(backbone, name="timm")
     expected = Teacher(clip_tower, name="open_clip").encode(images)
@@ -135,12 +135,12 @@ def test_open_clip_tower_loads_from_a_whole_clip_file(clip_tower: Backbone) -> N
     target = copy.deepcopy(clip_tower)
     for parameter in target.parameters():
         parameter.data.zero_()
-    _fit(target, state, source="clip")
+    fit_library(target, state, source="clip")
     images = torch.rand(1, 3, 48, 48)
     pooled = Teacher(target, name="x").encode(images).prefix[:, 0] @ clip_tower.network.proj
     assert torch.allclose(pooled, clip_tower.network(clip_tower.normalise(images)), atol=1e-5)
     with pytest.raises(WeightsError, match=r"a CLIP model and 1 unknown tensors: other.weight"):
-        _fit(target, state | {"other.weight": torch.ones(1)}, source="clip")
+        fit_library(target, state | {"other.weight": torch.ones(1)}, source="clip")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_open_clip_tower_loads_from_a_whole_clip_file(clip_tower: Backbone) -> N
 def test_tokens_are_those_of_timm_in_any_prefix(name: str, args: dict, prefix: int, tmp_path: Path) -> None:
     source = randomised(build_timm(name, args))
     target = build_backbone(source.recipe)
-    _fit(target, source.network.state_dict(), source="x")
+    fit_library(target, source.network.state_dict(), source="x")
     images = torch.rand(2, 3, args["img_size"], args["img_size"])
     tokens = Teacher(target, name="x").encode(images)
     assert tokens.prefix.shape[1] == prefix

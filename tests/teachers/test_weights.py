@@ -1,161 +1,32 @@
-import argparse
-import os
-import pickle
-import zipfile
-from pathlib import Path
-
 import pytest
-import safetensors.torch
+import timm
 import torch
+from torch import nn
 
 from fdkit.errors import WeightsError
-from fdkit.teachers.weights import RULES, check_finite, drop, load_whole, read_weights, sha256_of
+from fdkit.models.libraries import build_open_clip, build_timm
+from fdkit.teachers.official import Change
+from fdkit.teachers.weights import RULES, WithoutRandomInit, _without, check_finite, fit_library, load_whole
 
-STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
-
-
-def save(path: Path, content: object) -> Path:
-    torch.save(content, path)
-    return path
-
-
-class Evil:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.marker}",)
-
-
-@pytest.mark.parametrize("container", ["model", "state_dict", "teacher", ""])
-def test_containers_and_prefixes_are_opened(tmp_path: Path, container: str) -> None:
-    state = {f"module.backbone.{key}": value for key, value in STATE.items()} | {
-        "module.head.weight": torch.zeros(1)
-    }
-    path = save(tmp_path / "x.pth", {container: state, "epoch": 3} if container else state)
-    weights = read_weights(path)
-    assert weights.container == container
-    assert weights.prefix == "module.backbone."
-    assert weights.state.keys() == {"a.weight", "a.bias", "head.weight"}
-    assert torch.equal(weights.state["a.weight"], STATE["a.weight"])
-
-
-def test_teacher_is_taken_before_student(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.pth", {"student": {"a": torch.zeros(1)}, "teacher": {"a": torch.ones(1)}})
-    assert read_weights(path).state["a"] == 1
-
-
-def test_options_of_training_beside_the_weights_are_allowed(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.pth", {"model": STATE, "args": argparse.Namespace(lr=0.1)})
-    assert read_weights(path).state.keys() == STATE.keys()
-
-
-def test_legacy_files_are_read(tmp_path: Path) -> None:
-    torch.save(STATE, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    assert torch.equal(read_weights(tmp_path / "x.pt").state["a.weight"], STATE["a.weight"])
-
-
-def test_prefix_that_hides_two_models_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.pth", {"a": torch.zeros(1), "module.a": torch.ones(1)})
-    with pytest.raises(WeightsError, match="with and without the prefix module"):
-        read_weights(path)
-
-
-@pytest.mark.parametrize("kind", ["pickle", "legacy", "zip", "inside a container"])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, kind: str) -> None:
-    marker, path = tmp_path / "marker", tmp_path / "x.pth"
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(Evil(marker)))
-    elif kind == "legacy":
-        torch.save({"a": Evil(marker)}, path, _use_new_zipfile_serialization=False)
-    else:
-        torch.save({"model": STATE, "x": Evil(marker)} if kind != "zip" else Evil(marker), path)
-    with pytest.raises(WeightsError, match=r"refused: it asks to run code .*system") as raised:
-        read_weights(path)
-    assert not marker.exists()
-    assert raised.value.exit_code == 4
-    assert "weights_only" not in str(raised.value)
-    pickle.load(path.open("rb")) if kind == "pickle" else torch.load(path, weights_only=False)
-    assert marker.exists()  # the file was live: an unsafe reader would have run it
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
-def test_truncated_files_are_named_damaged(tmp_path: Path, suffix: str, share: float) -> None:
-    path = tmp_path / f"x{suffix}"
-    big = {"a": torch.zeros(4000), "b": torch.ones(4000)}
-    torch.save(big, path) if suffix == ".pth" else safetensors.torch.save_file(big, path)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(WeightsError, match="damaged or cut short"):
-        read_weights(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "is empty"),
-        (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
-        (b'{"error": "gated"}', "a JSON text"),
-        (b"\x00\x01\x02" * 50, "damaged or cut short"),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_what_is_no_file_of_weights_is_told_in_plain_words(
-    tmp_path: Path, content: bytes, words: str, suffix: str
-) -> None:
-    path = tmp_path / f"x{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(WeightsError, match=words):
-        read_weights(path)
-
-
-def test_missing_file_torchscript_and_no_tensors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="there is no file"):
-        read_weights(tmp_path / "none.pth")
-    with zipfile.ZipFile(tmp_path / "jit.pt", "w") as archive:
-        archive.writestr("jit/constants.pkl", b"")
-    with pytest.raises(WeightsError, match="TorchScript"):
-        read_weights(tmp_path / "jit.pt")
-    with pytest.raises(WeightsError, match="no state dict"):
-        read_weights(save(tmp_path / "x.pth", {"epoch": 3}))
-    with pytest.raises(WeightsError, match="no tensors under model"):
-        read_weights(save(tmp_path / "y.pth", {"model": {"epoch": 3}}))
-
-
-def test_sha256_is_the_known_one(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea")
+SMALL = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 
 
 def test_only_rules_drop_and_never_what_the_network_has() -> None:
-    dropped = (
-        "head.weight",
-        "head.mlp.0.bias",
-        "fc.bias",
-        "decoder_blocks.0.norm1.weight",
-        "decoder_pos_embed",
-    )
-    dropped += (
-        "decoder.0.weight",
-        "mask_token",
-        "blocks.0.attn.relative_position_index",
-        "predictor.0.weight",
-    )
+    dropped = ("head.weight", "head.mlp.0.bias", "fc.bias", "decoder_blocks.0.norm1.weight", "decoder_pos_embed")
+    dropped += ("decoder.0.weight", "mask_token", "blocks.0.attn.relative_position_index", "head_dist.bias")
     kept = ("head.norm.weight", "norm.weight", "fc_norm.weight", "header.weight", "blocks.0.mlp.fc1.weight")
+    kept += ("predictor.0.weight", "queue")
     state = dict.fromkeys(dropped + kept, torch.zeros(1))
-    assert drop(state, (), RULES, source="x").keys() == set(kept)
-    assert drop(state, ["fc.bias"], RULES, source="x").keys() == {*kept, "fc.bias"}
-
-
-def fit(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    load_whole(network, state, adapt=dict, rules=RULES, source="x.pth", hint="look here")
+    left, reasons = _without(state, (), RULES)
+    assert left.keys() == set(kept)
+    assert reasons.keys() == set(dropped)
+    assert _without(state, ["fc.bias"], RULES)[0].keys() == {*kept, "fc.bias"}
 
 
 def test_weights_load_whole_or_not_at_all() -> None:
-    network = torch.nn.Linear(3, 2)
+    network = nn.Linear(3, 2)
     good = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
-    fit(network, good | {"head.weight": torch.zeros(1)})
+    load_whole(network, good, source="x.pth", hint="look here")
     assert torch.equal(network.weight, torch.ones(2, 3))
     before = network.weight.clone()
     for state, words in [
@@ -165,18 +36,77 @@ def test_weights_load_whole_or_not_at_all() -> None:
         (good | {"weight": torch.full((2, 3), torch.nan)}, "weight holds 6 values that are not finite"),
     ]:
         with pytest.raises(WeightsError, match=words):
-            fit(network, state)
+            load_whole(network, state, source="x.pth", hint="look here")
         assert torch.equal(network.weight, before)
 
 
-def test_a_crash_of_the_conversion_is_told_as_a_misfit() -> None:
-    def adapt(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        raise KeyError("blocks.0")
-
-    with pytest.raises(WeightsError, match="missing 2: bias, weight"):
-        load_whole(torch.nn.Linear(3, 2), {}, adapt=adapt, rules=RULES, source="x")
+def test_half_precision_files_become_the_networks_dtype() -> None:
+    network = nn.Linear(3, 2)
+    load_whole(network, {"weight": torch.ones(2, 3).half(), "bias": torch.zeros(2).half()}, source="x")
+    assert network.weight.dtype == network.bias.dtype == torch.float32
+    assert network(torch.ones(1, 3)).tolist() == [[3.0, 3.0]]
 
 
 def test_infinity_is_named() -> None:
     with pytest.raises(WeightsError, match="b holds 1 values that are not finite, of 2"):
         check_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.inf])}, source="x")
+
+
+def test_a_library_file_is_accounted_for() -> None:
+    """BEiT-style files: timm itself renames and drops; each tensor's way is told."""
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=5, **SMALL)
+    state = source.state_dict() | {"mask_token": torch.zeros(1, 1, 48)}
+    backbone = build_timm("vit_tiny_patch16_224", {**SMALL, "img_size": 48})
+    changes = {change.key: change for change in fit_library(backbone, state, source="x")}
+    assert changes.keys() == state.keys()
+    assert changes["norm.weight"] == Change("norm.weight", "norm.weight", "")
+    assert changes["head.weight"].became is None
+    assert changes["head.weight"].reason == "classifier and training heads"
+    assert changes["pos_embed"].became == "pos_embed"
+    assert "converted" in changes["pos_embed"].reason
+    assert changes["mask_token"].became is None
+
+
+def test_names_timm_changes_are_followed() -> None:
+    network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, embed_dim=24, depths=(1, 1), num_heads=(1, 2))
+    state = {("head.weight" if key == "head.fc.weight" else key): value for key, value in network.state_dict().items()}
+    state = {key.replace("head.fc.bias", "head.bias"): value for key, value in state.items()}
+    args = {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2)}
+    backbone = build_timm("swin_tiny_patch4_window7_224", args)
+    changes = {change.key: change for change in fit_library(backbone, state, source="x")}
+    assert changes["head.weight"].became is None
+    assert {change.became for change in changes.values() if change.became} == backbone.network.state_dict().keys()
+
+
+def test_a_crash_of_the_conversion_is_told_as_a_misfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: object, **options: object) -> None:
+        raise KeyError("blocks.0")
+
+    monkeypatch.setattr("timm.models.vision_transformer.checkpoint_filter_fn", crash)
+    backbone = build_timm("vit_tiny_patch16_224", SMALL)
+    state = backbone.network.state_dict()
+    with pytest.raises(WeightsError, match=r"missing 1: norm\.bias"):
+        fit_library(backbone, {k: v for k, v in state.items() if k != "norm.bias"}, source="x")
+    with pytest.raises(WeightsError, match=r"x does not fit the model: 'blocks.0'"):
+        fit_library(backbone, state, source="x")
+
+
+def test_open_clip_towers_take_other_sizes_as_open_clip_does() -> None:
+    import open_clip
+
+    small = build_open_clip("ViT-S-32", {"image_size": 64})
+    large = build_open_clip("ViT-S-32", {"image_size": 128})
+    state = {f"visual.{key}": value for key, value in small.network.state_dict().items()}
+    fit_library(large, state, source="x")
+    model = open_clip.create_model("ViT-S-32", force_image_size=128)
+    resized = dict(state)
+    open_clip.model.resize_pos_embed(resized, model)
+    assert torch.equal(large.network.positional_embedding, resized["visual.positional_embedding"])
+    assert not torch.equal(large.network.positional_embedding[:5], small.network.positional_embedding)
+
+
+def test_without_random_init_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    with WithoutRandomInit():
+        nn.Linear(4, 4)
+    assert torch.equal(torch.get_rng_state(), before)

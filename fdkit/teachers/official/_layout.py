@@ -83,10 +83,12 @@ class Conversion:
     """The tensors of a file on their way to the network's names, with an account of each step.
 
     state: what is left and what it is called by now; layouts read it and change it through the methods alone.
+    architecture: the timm model the file is said to belong to, for what no tensor shows; None if none is named.
     """
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, state: Mapping[str, Tensor], architecture: str | None = None) -> None:
         self.state: State = dict(state)
+        self.architecture = architecture
         self._origin = {key: (key, "") for key in state}
         self._left_out: list[Change] = []
         self._merged: list[Change] = []
@@ -201,21 +203,38 @@ class Layout(NamedTuple):
 
 
 def read(
-    content: Any, layouts: Iterable[Layout], *, source: str, checkpoint_key: str | None = None
+    content: Any,
+    layouts: Iterable[Layout],
+    *,
+    source: str,
+    checkpoint_key: str | None = None,
+    architecture: str | None = None,
 ) -> Reading | None:
     """A file's content read in the first layout that recognises it; None if none does.
 
     content: what the file holds: tensors by name, or containers of them.
     checkpoint_key: which of several networks in the file, such as `student`; None is what the official code evaluates.
+    architecture: the timm model it is said to belong to; a layout asks for it where its tensors leave two open.
     Raises WeightsError if the file has no such network, or holds none at all (an optimiser, a linear probe).
     """
     state = state_in(content, source=source, checkpoint_key=checkpoint_key)
     refuse_linear_probe(content, state, source=source)
+    return match(state, layouts, checkpoint_key=checkpoint_key, architecture=architecture)
+
+
+def match(
+    state: State,
+    layouts: Iterable[Layout],
+    *,
+    checkpoint_key: str | None = None,
+    architecture: str | None = None,
+) -> Reading | None:
+    """A state dict read in the first layout that recognises it; None if none does."""
     for layout in layouts:
         prefix = layout.prefix_in(state, checkpoint_key)
         if prefix is None:
             continue
-        conversion = Conversion(state)
+        conversion = Conversion(state, architecture)
         conversion.enter(prefix, layout.outside)
         network = layout.convert(conversion)
         return Reading(layout.name, layout.title, network, conversion.state, conversion.audit())

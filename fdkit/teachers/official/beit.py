@@ -9,13 +9,13 @@ models/feature_distillation.py); their LayerNorms have epsilon 1e-6 throughout.
 import re
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fdkit.errors import WeightsError
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD
-from fdkit.teachers.official._layout import Conversion, Grid, Layout, Network, State
+from fdkit.teachers.official._layout import Conversion, Layout, Network, State
 from fdkit.teachers.official.bias_tables import geometric_bias, window_of
+from fdkit.teachers.official.positions import by_size
 
 HALF = (0.5, 0.5, 0.5)
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -56,7 +56,7 @@ def _convert_finetuned(conversion: Conversion) -> Network:
 
 
 def _network(conversion: Conversion) -> Network:
-    """timm's Beit of the tensors left, index buffers dropped."""
+    """The Beit of timm that the tensors left show, index buffers dropped."""
     conversion.drop(r"(.*\.)?relative_position_index", "index buffer, follows from the window")
     state = conversion.state
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
@@ -69,7 +69,7 @@ def _network(conversion: Conversion) -> Network:
         "depth": 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": "blocks.0.attn.q_bias" in state,
-        "init_values": 0.1 if "blocks.0.gamma_1" in state else None,
+        "init_values": 0.1 if "blocks.0.gamma_1" in state else 0.0,  # 0 is none; timm ignores None
         "use_abs_pos_emb": "pos_embed" in state,
         "use_shared_rel_pos_bias": SHARED_TABLE in state,
         "use_rel_pos_bias": OWN_TABLE in state,
@@ -85,7 +85,7 @@ def _network(conversion: Conversion) -> Network:
         assumption=said if table is None else "",
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        resample_positions=_resample_positions,
+        resample_positions=by_size,
         resample_bias=geometric_bias,
         crop_ratio=0.875 if image_size < FULL_SIZE else 1.0,
         interpolation="bicubic",
@@ -97,16 +97,11 @@ def _grid_side(state: State, table: Tensor | None) -> int:
     if table is not None:
         return window_of(table, NUM_CLASS_ROWS)
     if "pos_embed" not in state:
-        raise WeightsError("the file has no positions, absolute or relative, so that its image size is unknown")
+        raise WeightsError(
+            "the file has no positions, absolute or relative, so that its image size is unknown"
+        )
     num_patches = state["pos_embed"].shape[1] - 1
     return round(num_patches**0.5)
-
-
-def _resample_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Absolute positions for another grid: bicubic, as in unilm/beit/run_class_finetuning.py."""
-    maps = positions.unflatten(1, old).permute(0, 3, 1, 2)
-    resized = F.interpolate(maps.float(), size=new, mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
 
 
 def _shows_heads(state: State) -> bool:

@@ -19,7 +19,9 @@ def window_of(table: Tensor, num_class_rows: int = 0) -> int:
     num_offsets = table.shape[0] - num_class_rows
     side = math.isqrt(max(num_offsets, 0))
     if side % 2 == 0 or side * side != num_offsets:
-        raise WeightsError(f"a relative position bias table of {table.shape[0]} rows is that of no square window")
+        raise WeightsError(
+            f"a relative position bias table of {table.shape[0]} rows is that of no square window"
+        )
     return (side + 1) // 2
 
 
@@ -44,7 +46,9 @@ def geometric_bias(table: Tensor, old: Grid, new: Grid) -> Tensor:
     Source: Bao et al. 2022, unilm/beit/run_class_finetuning.py; Wei et al. 2022, utils.py, remap_pretrained_keys_vit.
     """
     if min(old) < 3:
-        raise WeightsError(f"a relative position bias table for a window of {old[0]}x{old[1]} cannot be resampled")
+        raise WeightsError(
+            f"a relative position bias table for a window of {old[0]}x{old[1]} cannot be resampled"
+        )
     maps, class_rows = _offset_maps(table, old)
     by_row, by_column = (_spline_weights(before, after) for before, after in zip(old, new, strict=True))
     resized = by_row @ maps.double() @ by_column.T

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fdkit.teachers.official._layout import Conversion, Layout, Network, State
 
-V1, V2 = "convnext_base", "convnextv2_base"
 NORM_EPS = 1e-6
 SIZES = {
     ((2, 2, 6, 2), 40): "atto",
@@ -65,39 +64,37 @@ def _dense_kernel(kernel: Tensor) -> Tensor:
 
 
 def _network(conversion: Conversion) -> Network:
-    """timm's ConvNeXt of the tensors left, under timm's names."""
+    """The ConvNeXt of timm that the tensors left show, under its names."""
     has_grn = "stages.0.0.grn.gamma" in conversion.state
     conversion.convert(r".*\.grn\.(gamma|beta)", Tensor.flatten, "row made a vector")
     for pattern, replacement in _RENAMES:
         conversion.rename(pattern, replacement, "timm's name")
     state = conversion.state
     depths, dims = _shape(state)
+    args: dict[str, Any] = {"depths": depths, "dims": dims, "use_grn": has_grn, "conv_mlp": False}
+    args["norm_eps"] = NORM_EPS
+    if has_scale := "stages.0.blocks.0.gamma" in state:
+        args["ls_init_value"] = 1e-6
     size = SIZES.get((tuple(depths), dims[0]), "base")
-    scale = None if "stages.0.blocks.0.gamma" not in state else NORM_EPS
-    args: dict[str, Any] = {
-        "depths": depths,
-        "dims": dims,
-        "use_grn": has_grn,
-        "conv_mlp": False,
-        "ls_init_value": scale,
-        "norm_eps": NORM_EPS,
-    }
-    return Network(_architecture(size, has_grn), args, crop_ratio=0.875, interpolation="bicubic")
+    return Network(_architecture(size, has_scale), args, crop_ratio=0.875, interpolation="bicubic")
 
 
-def _architecture(size: str, has_grn: bool) -> str:
-    """timm's network of a size, whose every argument the file decides; the middle one where timm has none."""
+def _architecture(size: str, has_scale: bool) -> str:
+    """The name of a size with LayerScale (V1) or without (V2); the base size's where timm has none.
+
+    The file decides every argument but LayerScale's absence, which timm does not let an argument say.
+    """
     import timm
 
-    name = f"convnext{'v2' if has_grn else ''}_{size}"
-    if timm.is_model(name):
-        return name
-    return V2 if has_grn else V1
+    family = "convnext" if has_scale else "convnextv2"
+    return next(name for name in (f"{family}_{size}", f"{family}_base") if timm.is_model(name))
 
 
 def _shape(state: State) -> tuple[list[int], list[int]]:
     """Blocks and channels of each stage."""
-    blocks = [m for key in state if (m := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.weight", key))]
+    blocks = [
+        m for key in state if (m := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.weight", key))
+    ]
     depths = [sum(int(m[1]) == stage for m in blocks) for stage in range(4)]
     return depths, [state[f"stages.{stage}.blocks.0.conv_dw.weight"].shape[0] for stage in range(4)]
 

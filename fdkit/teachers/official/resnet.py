@@ -23,7 +23,7 @@ KNOWN = {
     (True, 3, 4, 23, 3): "resnet101",
     (True, 3, 8, 36, 3): "resnet152",
 }
-"""timm's names by whether blocks are bottlenecks, and blocks a stage; others are resnet18 or resnet50 of other sizes."""
+"""Names in timm by whether blocks are bottlenecks, and blocks a stage; others are resnet18 or 50 of other sizes."""
 FAST_MOCO_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 """Fast-MoCo keeps the children of its ResNet in a row; those without weights have numbers too."""
 _COUNTER = "num_batches_tracked"
@@ -66,7 +66,7 @@ def _add_counters(conversion: Conversion) -> None:
 
 
 def _network(state: State) -> Network:
-    """timm's ResNet of these sizes; WeightsError for a stem timm's does not have, such as SwAV's wide ones."""
+    """The ResNet of timm of these sizes; WeightsError for a stem it does not have, such as SwAV's wide ones."""
     stem = tuple(state["conv1.weight"].shape)
     if stem != (STEM_WIDTH, 3, 7, 7):
         raise WeightsError(f"timm has no such ResNet: its first convolution is {stem}, not (64, 3, 7, 7)")

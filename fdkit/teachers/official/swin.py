@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.teachers.official._layout import Conversion, Layout, Network, State
@@ -63,7 +62,7 @@ def _convert_fd_swin(conversion: Conversion) -> Network:
 
 
 def _network_v1(conversion: Conversion, *, eps: float) -> Network:
-    """timm's Swin of the tensors left."""
+    """The Swin of timm that the tensors left show."""
     state = conversion.state
     table = "attn.relative_position_bias_table"
     windows = [window_of(state[key]) for key in _first_blocks(state, table)]
@@ -75,7 +74,7 @@ def _network_v1(conversion: Conversion, *, eps: float) -> Network:
 
 
 def _network_v2(conversion: Conversion) -> Network:
-    """timm's Swin V2 of the tensors left."""
+    """The Swin V2 of timm that the tensors left show."""
     state = conversion.state
     heads = [state[key].shape[0] for key in _first_blocks(state, "attn.logit_scale")]
     stages = Stages(_depths(state), heads, _windows_v2(state))
@@ -137,7 +136,9 @@ def _first_map(state: State, stages: Stages) -> int:
 
 
 def _depths(state: State) -> list[int]:
-    blocks = {(int(m[1]), int(m[2])) for key in state if (m := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", key))}
+    blocks = {
+        (int(m[1]), int(m[2])) for key in state if (m := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", key))
+    }
     num_stages = 1 + max(stage for stage, _ in blocks)
     return [sum(1 for stage, _ in blocks if stage == number) for number in range(num_stages)]
 
@@ -195,7 +196,9 @@ def _args_at_size(args: dict[str, Any], stages: Stages, size: int) -> dict[str, 
     chosen = next((w for w in candidates if _divides(size, args["patch_size"], w, num_stages)), None)
     if chosen is None:
         step = args["patch_size"] * 2 ** (num_stages - 1)
-        whole = [s for s in range(step, 4 * native, step) if _divides(s, args["patch_size"], window, num_stages)]
+        whole = [
+            s for s in range(step, 4 * native, step) if _divides(s, args["patch_size"], window, num_stages)
+        ]
         raise ConfigError(
             f"image size {size}: its feature maps do not divide into windows of {window}",
             hint="sizes that do: " + ", ".join(str(s) for s in whole[:6]),
