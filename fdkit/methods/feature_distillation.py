@@ -39,7 +39,7 @@ class FeatureDistillationConfig(Config):
     """Block of the teacher whose tokens are imitated (a stage of Swin, ConvNeXt, ResNet), from 0, or from the end if
     negative; left out, the end of the network."""
     norm: bool = True
-    """Whether these tokens first go through the teacher's own final norm; earlier stages need false."""
+    """Whether these tokens first go through the teacher's own final norm; a stage before the last needs false."""
     whitening: Literal["layernorm", "batch", "l2", "none"] = "layernorm"
     """Per vector to mean 0 and variance 1; per channel over batch and tokens to the same; per vector to length 1; or
     the target as it is."""
@@ -70,8 +70,8 @@ class FeatureDistillation(Method):
     """Student and projectors against frozen teachers.
 
     Teachers are no part of the parameters or the state. A student grid that differs from a teacher's is resampled to
-    it, so that the target stays what the teacher said; registers take no part. Parts that teachers have one of each
-    are named `further_` beyond the first teacher, whose names in a checkpoint are those of a single one.
+    it, so that the target stays what the teacher said; registers take no part. Projectors of teachers after the first
+    stand under `further_projectors`, so that the first one's has the name that a single teacher's has.
     """
 
     def __init__(

@@ -29,6 +29,9 @@ WEIGHTS_FILE = "student.safetensors"
 RECIPE_FILE = "student.json"
 
 
+EXTRA_ARGS = ("layer_norm_eps", "stem", "final_norm", "rope_periods")
+
+
 def build_timm(
     name: str,
     model_args: dict[str, Any],
@@ -40,9 +43,10 @@ def build_timm(
 
     name: a timm model, with or without a weights tag (the tag decides the default preprocessing).
     model_args: arguments of the model, such as `img_size`, `patch_size`, `drop_path_rate`, `num_classes`.
-        `img_size` for a network that takes any size sets the preprocessing alone. Three more are plain data for
-        what timm takes as objects: `layer_norm_eps` of every LayerNorm, `stem` ("conv", MoCo v3's convolutions in place
-        of the patch projection), `final_norm` (False: the network ends without a norm).
+        `img_size` for a network that takes any size sets the preprocessing alone. EXTRA_ARGS are plain data for
+        what timm takes as objects or not at all: `layer_norm_eps` of every LayerNorm, `stem` ("conv", MoCo v3's convolutions in place
+        of the patch projection), `final_norm` (False: the network ends without a norm), `rope_periods` (of rotary
+        positions, as a file states them).
     preprocessing: None means what timm states for these weights.
     keep_head: keep the classifier timm states for these weights; without it, and without `num_classes`,
         the network has none.
@@ -51,6 +55,7 @@ def build_timm(
     import timm
 
     from fdkit.models.fast_beit import accelerate
+    from fdkit.models.rope import state_periods
 
     args = {**({} if keep_head else {"num_classes": 0}), **model_args}
     cfg = _timm_config(name)
@@ -63,6 +68,8 @@ def build_timm(
         raise ConfigError(f"timm model {name} refuses {args}: {error}") from error
     if args.get("final_norm") is False:
         _remove_final_norm(network)
+    if "rope_periods" in args:
+        state_periods(network, args["rope_periods"])
     accelerate(network)
     args["num_classes"] = network.num_classes
     return Backbone(
@@ -81,7 +88,7 @@ def _as_objects(args: dict[str, Any]) -> dict[str, Any]:
     """The arguments timm takes for those that are plain data here."""
     from fdkit.models.stems import ConvStem
 
-    made = {key: value for key, value in args.items() if key not in ("layer_norm_eps", "stem", "final_norm")}
+    made = {key: value for key, value in args.items() if key not in EXTRA_ARGS}
     if "layer_norm_eps" in args:
         made["norm_layer"] = partial(nn.LayerNorm, eps=args["layer_norm_eps"])
     if args.get("stem") == "conv":

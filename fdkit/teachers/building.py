@@ -1,5 +1,6 @@
 """Networks for weights that are about to be loaded: of the right size, activation and preprocessing, or refused."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fdkit.errors import ConfigError, WeightsError
@@ -9,7 +10,7 @@ from fdkit.teachers.catalog import CATALOG
 
 
 def build_teacher(
-    name: str, image_size: int | None, args: dict[str, Any] | None = None, *, keep_head: bool = False
+    name: str, image_size: int | None, args: Mapping[str, Any] | None = None, *, keep_head: bool = False
 ) -> Backbone:
     """A timm model with random weights, fed images of `image_size`; None is its native size.
 

@@ -1,6 +1,7 @@
 """A file of weights as a backbone: recognised by its tensors, and checked against what it is said to be."""
 
 import logging
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,8 @@ from fdkit.teachers.building import (
 from fdkit.teachers.catalog import CATALOG, Entry
 from fdkit.teachers.files import read_file, sha256_of, verify
 from fdkit.teachers.official import LAYOUTS, Change, Network, Reading
-from fdkit.teachers.official._layout import Resample, match, nearest, refuse_linear_probe, state_in
+from fdkit.teachers.official._layout import Grid, State, match, nearest, refuse_linear_probe, state_in
+from fdkit.teachers.official.bias_tables import window_of
 from fdkit.teachers.request import Loaded, Request
 from fdkit.teachers.weights import WithoutRandomInit, fit_library, load_whole
 
@@ -28,8 +30,10 @@ logger = logging.getLogger("fdkit")
 
 SIZES = {"embed_dim", "depth", "depths", "dims", "layers", "patch_size", "mlp_ratio", "width", "base_width"}
 """Arguments a named architecture fixes: a file of other sizes is another network."""
-PLAIN_VITS = {"vit", "dino", "deit", "mae", "supmae"}
-"""Layouts whose files may show no sign of their own beyond being a plain ViT."""
+UNSIGNED = {"vit", "dino", "deit"}
+"""Layouts of files that show nothing but a plain ViT with learned positions, with or without a classifier."""
+SIGNED_BY_NAME = {*UNSIGNED, "mae", "supmae"}
+"""Layouts whose files may be as plain, once decoders and heads are gone."""
 
 
 def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
@@ -105,7 +109,7 @@ def _network_of(reading: Reading, row: Entry | None, architecture: str | None, s
 
 
 def _load_by_library(
-    state: dict[str, Tensor], request: Request, architecture: str, *, source: str
+    state: State, request: Request, architecture: str, *, source: str
 ) -> Loaded:
     """A file that only the named architecture explains, through timm's or open_clip's own conversion."""
     with WithoutRandomInit():
@@ -161,7 +165,7 @@ def _is_file_of(entry: Entry, path: Path) -> bool:
 def _refuse_other_layout(reading: Reading, row: Entry | None, *, source: str) -> None:
     if row is None or row.official is None or reading.layout == row.official.layout:
         return
-    if reading.layout == "vit" and row.official.layout in PLAIN_VITS:
+    if reading.layout in UNSIGNED and row.official.layout in SIGNED_BY_NAME:
         return
     raise WeightsError(
         f"{source} is not {row.name}: its tensors are those of {describe(reading)}",
@@ -184,38 +188,53 @@ def _shared_args(network: Network, architecture: str) -> dict[str, Any]:
     return {key: value for key, value in network.model_args.items() if key not in SIZES}
 
 
-def _at_its_size(reading: Reading, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Change]]:
+def _at_its_size(reading: Reading, backbone: Backbone) -> tuple[State, dict[str, Change]]:
     """The file's tensors with position tables for the network's grid, and the audit of those that changed."""
-    network, state, changed = reading.network, dict(reading.state), {}
-    own = backbone.network.state_dict()
+    own, state, changed = backbone.network.state_dict(), dict(reading.state), {}
     names = {change.became: change.key for change in reading.audit if change.became}
     for key in [key for key in state if key in own and state[key].shape != own[key].shape]:
         is_bias = key.endswith("relative_position_bias_table")
+        resample = reading.network.resample_bias if is_bias else reading.network.resample_positions
         if not is_bias and key != "pos_embed":
             continue
-        resample = network.resample_bias if is_bias else network.resample_positions
-        side = network.model_args.get("img_size", 0) // backbone.patch_size
-        if resample is None or not side:
+        if resample is None:
             raise ConfigError(
                 f"image size {backbone.image_size}: {reading.title} takes no size but its own, "
-                f"{network.model_args.get('img_size', 'which the file does not show')}"
+                f"{reading.network.model_args.get('img_size', 'which the file does not show')}"
             )
-        new_side = backbone.image_size // backbone.patch_size
-        state[key] = _resampled(state[key], resample, side, new_side, is_bias=is_bias)
-        reason = f"resampled from {side}x{side} to {new_side}x{new_side} as the official code does"
+        if is_bias:
+            attention = backbone.network.get_submodule(key.rpartition(".")[0])
+            old, new = _windows(state[key], own[key], attention)
+            state[key] = resample(state[key], old, new)
+        else:
+            num_prefix, old, new = _grids(state[key], own[key], backbone.network)
+            patches = resample(state[key][:, num_prefix:], old, new)
+            state[key] = torch.cat([state[key][:, :num_prefix], patches], dim=1)
+        reason = f"resampled from {_times(old)} to {_times(new)} as the official code does"
         changed[names[key]] = Change(names[key], key, reason)
     if changed:
         logger.info("%d position tables %s", len(changed), next(iter(changed.values())).reason)
     return state, changed
 
 
-def _resampled(table: Tensor, resample: Resample, side: int, new_side: int, *, is_bias: bool) -> Tensor:
-    """A table for another grid; the rows of absolute positions for prefix tokens stay as they are."""
-    old, new = (side, side), (new_side, new_side)
-    if is_bias:
-        return resample(table, old, new)
-    num_prefix = table.shape[1] - side * side
-    return torch.cat([table[:, :num_prefix], resample(table[:, num_prefix:], old, new)], dim=1)
+def _windows(table: Tensor, own: Tensor, attention: Any) -> tuple[Grid, Grid]:
+    """Windows of a bias table in the file and in the network; rows beyond the offsets are the class token's."""
+    height, width = attention.window_size
+    num_class_rows = own.shape[0] - (2 * height - 1) * (2 * width - 1)
+    side = window_of(table, num_class_rows)
+    return (side, side), (height, width)
+
+
+def _grids(positions: Tensor, own: Tensor, network: Any) -> tuple[int, Grid, Grid]:
+    """How many rows of positions (1, P + h*w, D) stand before the patches', and the grids of file and network."""
+    height, width = network.patch_embed.grid_size
+    num_prefix = own.shape[1] - height * width
+    side = math.isqrt(positions.shape[1] - num_prefix)
+    return num_prefix, (side, side), (height, width)
+
+
+def _times(grid: Grid) -> str:
+    return f"{grid[0]}x{grid[1]}"
 
 
 def _say_left_out(audit: Iterable[Change], *, source: str) -> None:
@@ -240,7 +259,7 @@ def _say_statistics(backbone: Backbone, what: str, *, source: str, is_assumed: b
     )
 
 
-def _unknown(path: Path, state: dict[str, Tensor]) -> WeightsError:
+def _unknown(path: Path, state: State) -> WeightsError:
     shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(state.items())[:3])
     return WeightsError(
         f"cannot tell what {path} is: none of {len(LAYOUTS)} known layouts has its tensors; first: {shown}",

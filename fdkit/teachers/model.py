@@ -2,18 +2,24 @@
 
 import logging
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 from fdkit.errors import ConfigError, WeightsError, did_you_mean
+from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import load_backbone
-from fdkit.teachers.building import build_open_clip_teacher, build_teacher, refuse_wrong_activation
+from fdkit.teachers.building import (
+    build_open_clip_teacher,
+    build_teacher,
+    refuse_wrong_activation,
+    with_preprocessing,
+)
 from fdkit.teachers.catalog import CATALOG, Entry
 from fdkit.teachers.checkpoint_file import load_file
 from fdkit.teachers.files import read_file, sha256_of
-from fdkit.teachers.hub import fetch_open_clip, fetch_timm
-from fdkit.teachers.licensing import terms_of_run
+from fdkit.teachers.hub import fetch_official, fetch_open_clip, fetch_timm
+from fdkit.teachers.licensing import UNSTATED, forbids_commerce, terms_of_run
 from fdkit.teachers.official._layout import state_in
+from fdkit.teachers.official import positions
 from fdkit.teachers.request import Loaded, Request
 from fdkit.teachers.weights import WithoutRandomInit, check_finite, fit_library
 
@@ -22,6 +28,15 @@ logger = logging.getLogger("fdkit")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pyth")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 RUN_WEIGHTS = "student.safetensors"
+POSITIONS = {
+    "dino": positions.by_scale,
+    "dinov2": positions.by_scale,
+    "dinov2reg": positions.by_size_antialiased,
+    "mae": positions.by_size,
+    "deit": positions.by_size,
+    "deit3": positions.by_size,
+}
+"""How the authors of a family that a library hosts make its positions for another size, where the library differs."""
 
 
 def load_model(request: Request) -> Loaded:
@@ -60,32 +75,39 @@ def _load_named(request: Request) -> Loaded:
     entry = CATALOG.get(request.name)
     if entry is not None and not entry.model:
         return _load_official(entry, request)
-    model = entry.model if entry else request.name
-    image_size = request.image_size or (entry.image_size if entry else None)
-    library, _, name = model.partition(":")
+    library, _, name = (entry.model if entry else request.name).partition(":")
+    name = _tagged(name) if library == "timm" else name
+    entry = entry or next((row for row in CATALOG.values() if row.model == f"{library}:{name}"), None)
     with WithoutRandomInit() if request.pretrained else nullcontext():
-        if library == "timm":
-            name = _tagged(name)
-            refuse_wrong_activation(name)
-            backbone = build_teacher(name, image_size, keep_head=request.keep_head)
-            license = _timm_license(name)
-            fetch = partial(fetch_timm, name)
-        else:
-            arch, _, tag = name.partition("/")
-            if not tag:
-                raise ConfigError(f"{model} names no weights: an open_clip model is open_clip:ARCH/TAG")
-            backbone = build_open_clip_teacher(arch, tag, image_size)
-            license = "unstated"
-            fetch = partial(fetch_open_clip, arch, tag)
-    loaded = Loaded(backbone, f"{library}:{name}", license)
-    if entry is not None:
-        loaded = loaded._replace(license=entry.license, is_noncommercial=entry.is_noncommercial)
+        backbone = _build_named(library, name, request, entry)
+    license = entry.license if entry else _timm_license(name) if library == "timm" else UNSTATED
+    loaded = Loaded(
+        backbone, f"{library}:{name}", license, is_noncommercial=forbids_commerce(license)
+    )
     if not request.pretrained:
         return _with_random_weights(loaded, request.name)
-    path = fetch()
+    path = fetch_timm(name) if library == "timm" else fetch_open_clip(*name.split("/"))
     state = state_in(read_file(path), source=str(path), checkpoint_key=request.checkpoint_key)
-    audit = fit_library(backbone, state, source=str(path))
+    family = entry.family if entry else ""
+    audit = fit_library(backbone, state, source=str(path), resample=POSITIONS.get(family))
     return loaded._replace(sha256=sha256_of(path), audit=audit, layout=f"{library}'s own file")
+
+
+def _build_named(library: str, name: str, request: Request, entry: Entry | None) -> Backbone:
+    """The network of a timm or open_clip name, without weights of its own.
+
+    A catalog name has the catalog's image size; a name in long form has the library's.
+    """
+    size = request.image_size or (entry.image_size if request.name in CATALOG and entry else None)
+    if library == "timm":
+        refuse_wrong_activation(name)
+        has_no_norm = entry is not None and entry.official is not None and entry.official.layout == "fcmae"
+        args = {"final_norm": False} if has_no_norm else {}
+        return build_teacher(name, size, args, keep_head=request.keep_head)
+    arch, _, tag = name.partition("/")
+    if not tag:
+        raise ConfigError(f"open_clip:{name} names no weights: an open_clip model is open_clip:ARCH/TAG")
+    return build_open_clip_teacher(arch, tag, size)
 
 
 def _load_official(entry: Entry, request: Request) -> Loaded:
@@ -96,10 +118,15 @@ def _load_official(entry: Entry, request: Request) -> Loaded:
         backbone = build_teacher(
             official.architecture, request.image_size or entry.image_size, official.model_args
         )
+        backbone = with_preprocessing(backbone, {"mean": entry.mean, "std": entry.std})
         loaded = Loaded(backbone, official.url, entry.license, is_noncommercial=entry.is_noncommercial)
         return _with_random_weights(loaded, entry.name)
-    from fdkit.teachers.hub import fetch_official
-
+    if not official.url:
+        raise WeightsError(
+            f"{entry.name}: its file has no address that can be fetched",
+            hint=f"get it from {official.page}" + (f" ({entry.note})" if entry.note else "")
+            + f", then give the file with --arch {entry.name}",
+        )
     path = fetch_official(official.url, sha256=official.sha256, name=entry.name)
     key = request.checkpoint_key or official.checkpoint_key
     return load_file(path, request._replace(checkpoint_key=key), entry)._replace(source=official.url)

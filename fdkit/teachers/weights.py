@@ -5,12 +5,14 @@ network is an error, found before the network is touched.
 """
 
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +20,7 @@ from fdkit.errors import WeightsError
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import check_state
 from fdkit.teachers.official import Change
+from fdkit.teachers.official._layout import Resample
 
 logger = logging.getLogger("fdkit")
 
@@ -37,6 +40,7 @@ RULES = (
     Rule("mask token", r"mask_token$"),
     Rule("index buffers", r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask)$"),
 )
+UNTRAINED_NORM = Rule("norm behind the last stage, which the pretraining did not have", r"head\.norm\.")
 CLIP_RULES = (
     Rule(
         "text tower and logit scale",
@@ -66,22 +70,29 @@ class WithoutRandomInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def fit_library(backbone: Backbone, state: State, *, source: str, hint: str = "") -> tuple[Change, ...]:
+def fit_library(
+    backbone: Backbone, state: State, *, source: str, hint: str = "", resample: Resample | None = None
+) -> tuple[Change, ...]:
     """Weights into a network through its library's own conversion; what became of every tensor of the file.
 
     For files in timm's names or any that timm converts, and for the image tower of an open_clip file.
+    resample: how the authors' own code makes absolute positions for another input size; None is as the library does.
     Raises WeightsError as `load_whole`.
     """
     network = backbone.network
     own = network.state_dict()
+    has_no_norm = backbone.recipe.get("model_args", {}).get("final_norm") is False
+    rules = (*RULES, UNTRAINED_NORM) if has_no_norm else RULES
     _refuse_other_patch_size(own, state, source=source, hint=hint)
     tower, left_out = _image_tower(state, source=source)
+    if resample is not None and "pos_embed" in tower:
+        tower["pos_embed"] = _resampled(tower["pos_embed"], network, resample)
     try:
         converted = _converted(backbone, tower)
     except Exception as error:
-        _check_keys(network, _without(tower, own, RULES)[0], source=source, hint=hint)
+        _check_keys(network, _without(tower, own, rules)[0], source=source, hint=hint)
         raise WeightsError(f"{source} does not fit the model: {error}", hint=hint) from error
-    fitted, dropped = _without(converted, own, RULES)
+    fitted, dropped = _without(converted, own, rules)
     load_whole(network, fitted, source=source, hint=hint)
     origin = {value.data_ptr(): key for key, value in state.items() if value.numel()}
     left_out |= {origin.get(converted[key].data_ptr(), key): why for key, why in dropped.items()}
@@ -122,6 +133,17 @@ def _converted(backbone: Backbone, state: State) -> State:
 
     open_clip.model.resize_pos_embed(state, SimpleNamespace(visual=backbone.network))
     return {key.removeprefix("visual."): value for key, value in state.items()}
+
+
+def _resampled(positions: Tensor, network: Any, resample: Resample) -> Tensor:
+    """Absolute positions (1, P + h*w, D) for the network's grid; the P rows of prefix tokens stay as they are."""
+    grid = tuple(network.patch_embed.grid_size)
+    side = math.isqrt(positions.shape[1])
+    num_prefix = positions.shape[1] - side * side
+    if (side, side) == grid:
+        return positions
+    patches = resample(positions[:, num_prefix:], (side, side), grid)
+    return torch.cat([positions[:, :num_prefix], patches], dim=1)
 
 
 def _timm_converted(backbone: Backbone, state: State) -> State:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import build_timm
 from fdkit.models.rope import state_periods
-from fdkit.teachers.official._layout import Network, Reading, read
+from fdkit.teachers.official._layout import Network, Reading, read, state_in
 from fdkit.teachers.official.vit import LAYOUTS
 
 State = dict[str, Tensor]
@@ -115,7 +115,10 @@ class Loaded(NamedTuple):
 
 
 def load(content: Any, *, checkpoint_key: str | None = None, image_size: int | None = None) -> Loaded:
-    """A file's content in the network its layout names, every tensor accounted for."""
+    """A file's content in the network its layout names, every tensor accounted for, claimed by no other layout."""
+    whole = state_in(content, source="x.pth", checkpoint_key=checkpoint_key)
+    claims = [layout.title for layout in LAYOUTS if layout.prefix_in(whole, checkpoint_key) is not None]
+    assert len(claims) == 1, claims
     reading = read(content, LAYOUTS, source="x.pth", checkpoint_key=checkpoint_key)
     assert reading is not None
     network, state = reading.network, dict(reading.state)
@@ -129,6 +132,8 @@ def load(content: Any, *, checkpoint_key: str | None = None, image_size: int | N
         patches = network.resample_positions(table[:, num_prefix:], old, new)
         state["pos_embed"] = torch.cat([table[:, :num_prefix], patches], dim=1)
     backbone.network.load_state_dict(state)
+    norms = {module.eps for module in backbone.network.modules() if isinstance(module, nn.LayerNorm)}
+    assert norms == {1e-5 if reading.layout == "dinov3" else 1e-6}
     return Loaded(reading, backbone.eval())
 
 
@@ -144,7 +149,9 @@ def build(network: Network, image_size: int | None = None) -> Backbone:
     return backbone
 
 
-def normalised(images: Tensor, mean: tuple = (0.485, 0.456, 0.406), std: tuple = (0.229, 0.224, 0.225)) -> Tensor:
+def normalised(
+    images: Tensor, mean: tuple = (0.485, 0.456, 0.406), std: tuple = (0.229, 0.224, 0.225)
+) -> Tensor:
     """Images in [0, 1] with a mean taken off and divided by a deviation."""
     return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 

@@ -65,8 +65,8 @@ GIVEN = {
 }
 """The names of version 0.1.0; scripts rely on them."""
 
-WANTED_FILES = """mocov3_vits mocov3_vitb mocov3_r50 esvit_swint esvit_swint_w7 esvit_swins esvit_swins_w7 esvit_swinb
-    esvit_swinb_w7 simsiam_r50 mocov1_r50 mocov2_r50 swav_r50"""
+WANTED_FILES = """dino_r50 mocov3_vits mocov3_vitb mocov3_r50 esvit_r50 esvit_swint esvit_swint_w7 esvit_swins
+    esvit_swins_w7 esvit_swinb esvit_swinb_w7 simsiam_r50 mocov1_r50 mocov2_r50 swav_r50"""
 """Teachers no library hosts."""
 
 PUBLISHED = {
@@ -169,6 +169,7 @@ def test_an_official_file_is_documented(entry: Entry) -> None:
     official = entry.official
     assert official is not None
     assert timm.is_model(official.architecture)
+    assert entry.model.partition(".")[0] in ("", f"timm:{official.architecture}")
     assert official.page.startswith("https://github.com/")
     assert official.layout in {layout.name for layout in LAYOUTS}
     assert re.fullmatch(r"(https://\S+\.(pth|pt|tar|pyth))?", official.url)

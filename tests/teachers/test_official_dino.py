@@ -97,7 +97,10 @@ def test_positions_for_another_size_are_those_of_interpolate_pos_encoding(size: 
 def test_dinos_files_of_real_size_are_held_whole() -> None:
     for patch, rows in ((16, 197), (8, 785)):
         reading = assert_holds_whole(hollow(vit_shapes(768, 12, patch=patch, rows=rows)), "dino")
-        assert (reading.network.model_args["patch_size"], reading.network.model_args["img_size"]) == (patch, 224)
+        assert (reading.network.model_args["patch_size"], reading.network.model_args["img_size"]) == (
+            patch,
+            224,
+        )
 
 
 def dinov2_shapes(
@@ -180,7 +183,9 @@ def run_swiglu_block(x: Tensor, state: State) -> Tensor:
 def test_a_training_checkpoint_of_dinov2_keeps_its_blocks_in_groups() -> None:
     state = seeded(dinov2_shapes(192, depth=4))
     grouped = {
-        name.replace("blocks.", f"blocks.{int(name.split('.')[1]) // 2}.") if "blocks." in name else name: value
+        name.replace("blocks.", f"blocks.{int(name.split('.')[1]) // 2}.")
+        if "blocks." in name
+        else name: value
         for name, value in state.items()
     }
     content = {"teacher": prefixed(grouped, "backbone.") | seeded(linear_shapes("dino_head.mlp.0", 8, 192))}
@@ -190,7 +195,9 @@ def test_a_training_checkpoint_of_dinov2_keeps_its_blocks_in_groups() -> None:
 @pytest.mark.parametrize(
     ("width", "depth", "registers", "gated"), [(384, 12, 0, 0), (1024, 24, 4, 0), (1536, 40, 4, 4096)]
 )
-def test_dinov2s_files_of_real_size_are_held_whole(width: int, depth: int, registers: int, gated: int) -> None:
+def test_dinov2s_files_of_real_size_are_held_whole(
+    width: int, depth: int, registers: int, gated: int
+) -> None:
     shapes = dinov2_shapes(width, depth, rows=1370, registers=registers, gated=gated)
     reading = assert_holds_whole(hollow(shapes), "dinov2")
     assert reading.network.model_args["img_size"] == 518
@@ -237,11 +244,15 @@ def rotary(state: State, size: int, periods: Tensor | None = None) -> tuple[Tens
     periods = state["rope_embed.periods"] if periods is None else periods
     place = 2 * (torch.arange(size) + 0.5) / size - 1
     rows, columns = place.repeat_interleave(size), place.repeat(size)
-    angles = torch.cat([2 * math.pi * axis[:, None] / periods for axis in (rows, columns)], dim=1).repeat(1, 2)
+    angles = torch.cat([2 * math.pi * axis[:, None] / periods for axis in (rows, columns)], dim=1).repeat(
+        1, 2
+    )
     return angles.sin(), angles.cos()
 
 
-def dinov3_tokens(state: State, images: Tensor, *, periods: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def dinov3_tokens(
+    state: State, images: Tensor, *, periods: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """Storage tokens behind the class token; queries and keys of patches rotated; no bias for keys."""
     x = patches_of(state, normalised(images))
     sine, cosine = rotary(state, math.isqrt(x.shape[1]), periods)
@@ -276,9 +287,7 @@ def dinov3_tokens(state: State, images: Tensor, *, periods: Tensor | None = None
     return layer_norm(x, state, "norm", eps)
 
 
-@pytest.mark.parametrize(
-    "kind", [{}, {"gated": 136}, {"gated": 128, "qkv_bias": False, "local_norm": True}]
-)
+@pytest.mark.parametrize("kind", [{}, {"gated": 136}, {"gated": 128, "qkv_bias": False, "local_norm": True}])
 def test_tokens_of_dinov3_are_the_official_ones(kind: dict[str, Any]) -> None:
     state = masked(seeded(dinov3_shapes(128, **kind)))
     loaded = load(state, image_size=64)

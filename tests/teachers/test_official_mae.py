@@ -97,7 +97,9 @@ def test_positions_for_another_size_are_resampled_as_in_its_fine_tuning_code() -
 
 @pytest.mark.parametrize(("width", "depth", "patch", "rows"), [(768, 12, 16, 197), (1280, 32, 14, 257)])
 def test_maes_files_of_real_size_are_held_whole(width: int, depth: int, patch: int, rows: int) -> None:
-    shapes = vit_shapes(width, depth, patch=patch, rows=rows) | decoder_shapes(width, rows, decoder=512, depth=8)
+    shapes = vit_shapes(width, depth, patch=patch, rows=rows) | decoder_shapes(
+        width, rows, decoder=512, depth=8
+    )
     reading = assert_holds_whole({"model": hollow(shapes)}, "mae")
     assert reading.network.model_args["img_size"] == 224
     assert reading.network.assumed_args == {"num_heads": {768: 12, 1280: 16}[width]}
@@ -161,7 +163,11 @@ def test_cmaes_online_network_is_read_with_its_norm_and_the_target_without() -> 
     loaded = load(content)
     assert loaded.reading.layout == "cmae"
     online, target = (
-        {name.removeprefix(prefix): value for name, value in content["state_dict"].items() if name.startswith(prefix)}
+        {
+            name.removeprefix(prefix): value
+            for name, value in content["state_dict"].items()
+            if name.startswith(prefix)
+        }
         for prefix in ("backbone.", "target_backbone.")
     )
     expected = vit_tokens(online, IMAGES, 3, names=CMAE)

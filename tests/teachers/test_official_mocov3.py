@@ -1,5 +1,6 @@
 """MoCo v3 and ExtreMA: seeded files in the official layout against their forward written out."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from fdkit.teachers.official._layout import Change
 def mlp_shapes(name: str, widths: tuple[int, ...]) -> Shapes:
     """MoCo v3's heads: matrices without bias, BatchNorm between, and a last one without weights."""
     shapes: Shapes = {}
-    for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (before, after) in enumerate(pairwise(widths)):
         shapes[f"{name}.{3 * index}.weight"] = (after, before)
         norm = f"{name}.{3 * index + 1}"
         shapes |= linear_shapes(norm, after) if index < len(widths) - 2 else {}
@@ -45,7 +46,7 @@ def stem_shapes(width: int) -> Shapes:
     """The convolutions of vits.py: 3x3 at 0, 3, 6 and 9, each with its BatchNorm, and 1x1 at 12."""
     shapes: Shapes = {}
     channels = (3, width // 8, width // 4, width // 2, width)
-    for index, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+    for index, (before, after) in enumerate(pairwise(channels)):
         shapes[f"patch_embed.proj.{3 * index}.weight"] = (after, before, 3, 3)
         norm = f"patch_embed.proj.{3 * index + 1}"
         shapes |= linear_shapes(norm, after)
@@ -73,7 +74,8 @@ def checkpoint(width: int = 384, *, conv: bool = False) -> dict[str, Any]:
     """What main_moco.py saves."""
     base = encoder(width, conv=conv)
     momentum = {
-        name: value if name == "pos_embed" else value * 0.9 for name, value in encoder(width, conv=conv).items()
+        name: value if name == "pos_embed" else value * 0.9
+        for name, value in encoder(width, conv=conv).items()
     }
     state = prefixed(base, "base_encoder.") | prefixed(momentum, "momentum_encoder.")
     state |= seeded(mlp_shapes("predictor", (8, 32, 8)))
@@ -125,14 +127,19 @@ def test_heads_and_the_other_networks_are_left_out_by_name() -> None:
     dropped = [change for change in load(checkpoint()).reading.audit if change.became is None]
     starts = {change.key.split(".")[0] for change in dropped}
     assert starts == {"base_encoder", "momentum_encoder", "predictor"}
-    assert all(change.key.startswith("base_encoder.head.") for change in dropped if "projector" in change.reason)
+    assert all(
+        change.key.startswith("base_encoder.head.") for change in dropped if "projector" in change.reason
+    )
     assert Change("predictor.0.weight", None, "predictor, a part of pretraining alone") in dropped
 
 
 def test_tokens_behind_a_convolutional_stem_are_the_official_ones() -> None:
     state = encoder(384, conv=True)
     loaded = load(checkpoint(conv=True))
-    x = torch.cat([state["cls_token"].expand(2, -1, -1), stem_patches(state, IMAGES)], dim=1) + state["pos_embed"]
+    x = (
+        torch.cat([state["cls_token"].expand(2, -1, -1), stem_patches(state, IMAGES)], dim=1)
+        + state["pos_embed"]
+    )
     expected = layer_norm(run_blocks(x, state, 12), state, "norm")
     assert (loaded.tokens(IMAGES) - expected).abs().max() < 1e-4
 
@@ -182,7 +189,9 @@ def extrema_shapes(width: int, depth: int = 2, *, rows: int = 16, hidden: int = 
             shapes |= linear_shapes(at + part, width)
         for part in ("q", "k", "v", "proj"):
             shapes |= linear_shapes(f"{at}attn.{part}", width, width)
-        shapes |= linear_shapes(f"{at}mlp.fc1", 4 * width, width) | linear_shapes(f"{at}mlp.fc2", width, 4 * width)
+        shapes |= linear_shapes(f"{at}mlp.fc1", 4 * width, width) | linear_shapes(
+            f"{at}mlp.fc2", width, 4 * width
+        )
     for index, (before, after) in enumerate(((width, hidden), (hidden, hidden), (hidden, 8))):
         shapes |= linear_shapes(f"head.{3 * index}", after, before)
         shapes |= linear_shapes(f"head.{3 * index + 1}", after) if index < 2 else {}
@@ -207,7 +216,9 @@ def test_extrema_gives_the_normed_patches_its_class_attention_reads() -> None:
     assert tokens.shape == (2, 16, 192)
     assert (tokens - layer_norm(raw, state, "norm")).abs().max() < 1e-4
     assert (tokens - raw).abs().max() > 1e-2
-    assert (load(extrema_checkpoint(), checkpoint_key="base_encoder").tokens(IMAGES) - tokens).abs().max() > 1e-2
+    assert (
+        load(extrema_checkpoint(), checkpoint_key="base_encoder").tokens(IMAGES) - tokens
+    ).abs().max() > 1e-2
     reasons = {change.key: change.reason for change in loaded.reading.audit if change.became is None}
     assert "read the patch tokens" in reasons["momentum_encoder.blocks_token.1.attn.q.weight"]
 

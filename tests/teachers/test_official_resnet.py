@@ -1,5 +1,6 @@
 """ResNet layouts against a plain reading of torchvision's forward on the official names."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,9 +32,12 @@ def encoder(seed: int, block: Any = Bottleneck, **sizes: Any) -> dict[str, Tenso
 def projector(name: str, widths: tuple[int, ...], *, seed: int = 9) -> dict[str, Tensor]:
     """Linear layers with a BatchNorm behind each, numbered as in a sequence with ReLUs."""
     shapes: Shapes = {}
-    for place, (wide, out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for place, (wide, out) in enumerate(pairwise(widths)):
         shapes |= {f"{name}.{3 * place}.weight": (out, wide), f"{name}.{3 * place + 1}.running_mean": (out,)}
-        shapes |= {f"{name}.{3 * place + 1}.running_var": (out,), f"{name}.{3 * place + 1}.num_batches_tracked": ()}
+        shapes |= {
+            f"{name}.{3 * place + 1}.running_var": (out,),
+            f"{name}.{3 * place + 1}.num_batches_tracked": (),
+        }
     return filled(shapes, seed)
 
 
@@ -41,11 +45,13 @@ def official_tokens(state: dict[str, Tensor], images: Tensor) -> Tensor:
     """The last stage's map as tokens: stem, then residual blocks whose stride is in the 3x3 convolution."""
 
     def conv(x: Tensor, name: str, **how: int) -> Tensor:
-        return F.conv2d(x, state[f"{name}.weight"], **how)
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight, groups=x.shape[1] // weight.shape[1], **how)
 
     def bn(x: Tensor, name: str) -> Tensor:
         mean, var, weight, bias = (
-            state[f"{name}.{part}"].view(-1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
+            state[f"{name}.{part}"].view(-1, 1, 1)
+            for part in ("running_mean", "running_var", "weight", "bias")
         )
         return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
@@ -123,7 +129,8 @@ def test_moco_gives_its_encoder_and_the_momentum_encoder_by_key(key: str | None,
     reasons = {change.key: change.reason for change in reading.audit if change.became is None}
     assert reasons["queue"].startswith("queue of keys")
     twin = "encoder_k" if is_online else "encoder_q"
-    assert ("momentum" in reasons[f"{twin}.conv1.weight"]) and f"{twin}.fc.0.weight" in reasons
+    assert "momentum" in reasons[f"{twin}.conv1.weight"]
+    assert f"{twin}.fc.0.weight" in reasons
 
 
 @pytest.mark.parametrize(("key", "is_online"), [(None, True), ("momentum_encoder", False)])
@@ -166,7 +173,9 @@ def test_swav_pads_beside_its_first_convolution_to_the_same_effect() -> None:
 def test_swav_of_double_width_is_refused_since_timm_has_no_such_network() -> None:
     state = {**encoder(1), **projector("projection_head", (2048, 64, 32))}
     state["conv1.weight"] = torch.randn(128, 3, 7, 7)
-    with pytest.raises(WeightsError, match=r"timm has no such ResNet: its first convolution is \(128, 3, 7, 7\)"):
+    with pytest.raises(
+        WeightsError, match=r"timm has no such ResNet: its first convolution is \(128, 3, 7, 7\)"
+    ):
         read_one(state)
 
 

@@ -106,11 +106,15 @@ def bias_map(block: dict[str, Tensor], window: int, pretrained: int) -> Tensor:
     """(2w - 1, 2w - 1, heads): bias by rows and columns between query and key."""
     if TABLE in block:
         return block[TABLE].unflatten(0, (2 * window - 1, 2 * window - 1))
-    hidden = F.linear(coordinates(window, pretrained)[0], block["attn.cpb_mlp.0.weight"], block["attn.cpb_mlp.0.bias"])
+    hidden = F.linear(
+        coordinates(window, pretrained)[0], block["attn.cpb_mlp.0.weight"], block["attn.cpb_mlp.0.bias"]
+    )
     return 16 * torch.sigmoid(F.linear(hidden.relu(), block["attn.cpb_mlp.2.weight"]))
 
 
-def attend(x: Tensor, block: dict[str, Tensor], heads: int, window: int, shift: int, pretrained: int) -> Tensor:
+def attend(
+    x: Tensor, block: dict[str, Tensor], heads: int, window: int, shift: int, pretrained: int
+) -> Tensor:
     """Window attention of a map as tokens (B, N, C), as attention over the whole map with other windows masked."""
     side = math.isqrt(x.shape[1])
     shares, down, right = pairs(side, window, shift)
@@ -153,7 +157,9 @@ def official_tokens(
         start = f"layers.{stage}.blocks."
         for number in range(len({k.split(".")[3] for k in state if k.startswith(start)})):
             prefix = f"{start}{number}."
-            block = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            block = {
+                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+            }
             side = math.isqrt(x.shape[1])
             attention = partial(attend, block=block, heads=num_heads, pretrained=pretrained[stage])
             size, shift = block_windows(window, number, side)
@@ -227,7 +233,10 @@ def test_esvit_student_by_key() -> None:
 
 def transposed_tables(state: dict[str, Tensor]) -> dict[str, Tensor]:
     sides = {key: math.isqrt(len(value)) for key, value in state.items() if key.endswith(TABLE)}
-    turned = {key: state[key].unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1) for key, side in sides.items()}
+    turned = {
+        key: state[key].unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)
+        for key, side in sides.items()
+    }
     return {**state, **turned}
 
 
@@ -332,7 +341,9 @@ def test_esvit_takes_no_size_but_its_own() -> None:
     network = read_one(esvit_content(4)[0]).network
     assert network.at_size is not None
     assert network.at_size(SIDE) == {}
-    with pytest.raises(ConfigError, match="image size 64: timm's Swin computes what EsViT's does at 32 pixels alone"):
+    with pytest.raises(
+        ConfigError, match="image size 64: timm's Swin computes what EsViT's does at 32 pixels alone"
+    ):
         network.at_size(64)
     assert network.resample_bias is None
 
@@ -361,7 +372,9 @@ def test_feature_distillation_swin_equals_the_official_forward(is_distilled: boo
     student = v2_state(8, network="rpe_mlp")
     beside = {"decoder.0.weight": (8, WIDTH * 4, 1), "feature_model.norm.weight": (8,)}
     head = {"head.weight": (10, WIDTH * 4), "head.bias": (10,)}
-    content = with_prefix("encoder.", student) | filled(beside) if is_distilled else {**student, **filled(head)}
+    content = (
+        with_prefix("encoder.", student) | filled(beside) if is_distilled else {**student, **filled(head)}
+    )
     backbone, reading = load({"model": content})
     assert reading.layout == "fd_swin"
     official = {key.replace("rpe_mlp", "cpb_mlp"): value for key, value in student.items()}
@@ -411,7 +424,9 @@ def test_real_swin_and_student_files_are_whole() -> None:
     head: Shapes = {"head.weight": (1000, 1024), "head.bias": (1000,)}
     large: Sizes = (4, 384, *base[2:])
     assert check_whole({**swin_shapes(12, large), **head}).network.model_args["img_size"] == 384
-    student = {key.replace("cpb_mlp", "rpe_mlp"): shape for key, shape in swin_shapes(14, base, version=2).items()}
+    student = {
+        key.replace("cpb_mlp", "rpe_mlp"): shape for key, shape in swin_shapes(14, base, version=2).items()
+    }
     values = with_prefix("encoder.", coordinate_buffers(14, base))
     reading = check_whole(with_prefix("encoder.", student), values)
     assert reading.network.model_args["window_size"] == 14

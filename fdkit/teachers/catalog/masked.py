@@ -27,8 +27,10 @@ def _tuned_convnextv2_file(size: str) -> Official:
 
 def _beit2_file(size: str) -> Official:
     name = f"beitv2_{size}_patch16_224"
-    url = f"https://conversationhub.blob.core.windows.net/beit-share-public/beitv2/{name}_pt1k_ft21k.pth"
-    return Official("beit_finetuned", name, url, page=f"{_GITHUB}/microsoft/unilm/blob/master/beit2/README.md")
+    url = f"https://github.com/addf400/files/releases/download/BEiT-v2/{name}_pt1k_ft21k.pth"
+    return Official(
+        "beit_finetuned", name, url, page=f"{_GITHUB}/microsoft/unilm/blob/master/beit2/README.md"
+    )
 
 
 _mae = partial(
@@ -131,6 +133,20 @@ MASKED = (
             page=f"{_GITHUB}/facebookresearch/SlowFast/blob/main/projects/maskfeat/README.md",
         ),
         note="its encoder ends without a norm",
+    ),
+    Entry(
+        "extrema_vitb", "ViT-B/16", "", 16, 768,
+        family="extrema", license="mit", paper="2206.04667", num_prefix_tokens=0,
+        published={"linear": 0.733, "finetune": 0.837}, published_source="microsoft/ExtreMA README.md",
+        official=Official(
+            "extrema",
+            "vit_base_patch16_224",
+            "https://frontiers.blob.core.windows.net/pretraining/checkpoints/extrema/extrema_mask08x5_color_1k_300ep.pth",
+            {"class_token": False, "global_pool": "avg", "fc_norm": False},
+            page=f"{_GITHUB}/microsoft/ExtreMA",
+        ),
+        note="row 80%x5 with colour augmentation of the README's table; its class token is read off the patches by "
+        "further blocks, which are left out, and so is no prefix token",
     ),
     _ijepa("ijepa_vith", "ViT-H/14", "timm:vit_huge_patch14_gap_224.in1k_ijepa", 14, 1280),
     _beit2(

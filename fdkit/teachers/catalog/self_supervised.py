@@ -276,6 +276,14 @@ SELF_SUPERVISED = (
         official=_esvit_file("swin_base_patch4_window7_224", 7),
         note="row EsViT (Swin-B, W=7) of the README's table, whose links need the query string printed above it",
     ),
+    _esvit(
+        "esvit_r50", "ResNet-50", embed_dim=2048,
+        published={"linear": 0.757, "knn": 0.713},
+        official=Official(
+            "dino_resnet", "resnet50", checkpoint_key="teacher", page=f"{_GITHUB}/microsoft/esvit#pretrained-models"
+        ),
+        note="row ResNet-50 of the README's table, whose links need the query string printed above it",
+    ),
     _resnet50(
         "simsiam_r50", family="simsiam", license="cc-by-nc-4.0", paper="2011.10566",
         published={"linear": 0.681}, published_source="facebookresearch/simsiam README.md",

@@ -236,7 +236,13 @@ def match(
             continue
         conversion = Conversion(state, architecture)
         conversion.enter(prefix, layout.outside)
-        network = layout.convert(conversion)
+        try:
+            network = layout.convert(conversion)
+        except KeyError as error:
+            raise WeightsError(
+                f"the file lacks {error.args[0]}, which every {layout.title} has",
+                hint="it is cut short or was changed: get it again from its source",
+            ) from error
         return Reading(layout.name, layout.title, network, conversion.state, conversion.audit())
     return None
 

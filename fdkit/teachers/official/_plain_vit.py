@@ -132,7 +132,9 @@ def network_of(
     assumed, assumption = {}, ""
     if num_heads is None:
         assumed = {"num_heads": _standard_heads(vit.width)}
-        assumption = f"{assumed['num_heads']} heads, the standard for width {vit.width}: shapes do not show heads"
+        assumption = (
+            f"{assumed['num_heads']} heads, the standard for width {vit.width}: shapes do not show heads"
+        )
     certain = vit.model_args() | ({} if num_heads is None else {"num_heads": num_heads})
     return Network(
         architecture or _HOSTS.get(vit.width, "vit_base_patch16_224"),
@@ -185,13 +187,17 @@ def ratio_for(hidden: int, width: int) -> float:
 
 def _standard_heads(width: int) -> int:
     if width not in STANDARD_HEADS and width % 64:
-        raise WeightsError(f"no standard says how many heads a ViT of width {width} has, and shapes do not show it")
+        raise WeightsError(
+            f"no standard says how many heads a ViT of width {width} has, and shapes do not show it"
+        )
     return STANDARD_HEADS.get(width, width // 64)
 
 
 def _patch_size(state: State) -> int | None:
     """Side of a patch in pixels: of the square kernel, or by the halvings of a convolutional stem."""
-    num_halvings = sum(re.fullmatch(r"patch_embed\.proj\.\d+\.running_mean", key) is not None for key in state)
+    num_halvings = sum(
+        re.fullmatch(r"patch_embed\.proj\.\d+\.running_mean", key) is not None for key in state
+    )
     if num_halvings:
         return 2**num_halvings
     kernel = state.get("patch_embed.proj.weight")

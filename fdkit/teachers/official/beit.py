@@ -14,13 +14,12 @@ from torch import Tensor
 from fdkit.errors import WeightsError
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from fdkit.teachers.official._layout import Conversion, Layout, Network, State
-from fdkit.teachers.official.bias_tables import geometric_bias, window_of
+from fdkit.teachers.official.bias_tables import NUM_CLASS_ROWS, geometric_bias, window_of
 from fdkit.teachers.official.positions import by_size
 
 HALF = (0.5, 0.5, 0.5)
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 OWN_TABLE = "blocks.0.attn.relative_position_bias_table"
-NUM_CLASS_ROWS = 3
 RELEASED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
 """Heads by width, for the few files without a bias table to show them."""
 NORM_EPS = 1e-6

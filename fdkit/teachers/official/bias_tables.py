@@ -13,6 +13,9 @@ from torch import Tensor
 from fdkit.errors import WeightsError
 from fdkit.teachers.official._layout import Grid
 
+NUM_CLASS_ROWS = 3
+"""Rows of a BEiT table for the class token: to patches, from patches, to itself."""
+
 
 def window_of(table: Tensor, num_class_rows: int = 0) -> int:
     """Side of the square window a bias table was made for; WeightsError if its rows are those of no square."""
@@ -63,6 +66,7 @@ def _offset_maps(table: Tensor, window: Grid) -> tuple[Tensor, Tensor]:
     """(heads, 2h - 1, 2w - 1) of a table, and its rows for the class token."""
     height, width = _num_offsets(window)
     offsets, class_rows = table[: height * width], table[height * width :]
+    assert len(class_rows) in (0, NUM_CLASS_ROWS), f"{len(table)} rows are not those of a window of {window}"
     return offsets.T.unflatten(1, (height, width)), class_rows
 
 

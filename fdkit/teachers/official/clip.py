@@ -1,8 +1,5 @@
 """Image towers of CLIP: OpenAI's archives, and open_clip's files, whose activation has to be named."""
 
-import re
-
-
 from fdkit.errors import WeightsError
 from fdkit.teachers.official import positions
 from fdkit.teachers.official._layout import Conversion, Layout, Network, State
@@ -33,20 +30,29 @@ _NAMES = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
-_HOSTS = {
+_RESNET_NAMES = (
+    (r"^(conv|bn)([123])\.", r"stem.conv\2.\1."),
+    *((rf"^layer{stage + 1}\.", f"stages.{stage}.") for stage in range(4)),
+    (r"\.downsample\.0\.", ".shortcut.conv.conv."),
+    (r"\.downsample\.1\.", ".shortcut.conv.bn."),
+    (r"^(stages\.\d\.\d+)\.(conv|bn)1\.", r"\1.conv1_1x1.\2."),
+    (r"^(stages\.\d\.\d+)\.(conv|bn)2\.", r"\1.conv2_kxk.\2."),
+    (r"^(stages\.\d\.\d+)\.(conv|bn)3\.", r"\1.conv3_1x1.\2."),
+)
+_HOSTS: dict[tuple[int, ...], str] = {
     (768, 32, 224): "vit_base_patch32_clip{}_224",
     (768, 16, 224): "vit_base_patch16_clip{}_224",
     (1024, 14, 224): "vit_large_patch14_clip{}_224",
     (1024, 14, 336): "vit_large_patch14_clip{}_336",
     (1280, 14, 224): "vit_huge_patch14_clip{}_224",
 }
-_SHORT = {
+_SHORT: dict[tuple[int, ...], tuple[str, str]] = {
     (768, 32, 224): ("clip_vitb32", ""),
     (768, 16, 224): ("clip_vitb", "openclip_vitb"),
     (1024, 14, 224): ("clip_vitl", "openclip_vitl"),
     (1024, 14, 336): ("clip_vitl336", ""),
 }
-_RESNETS = {
+_RESNETS: dict[tuple[tuple[int, ...], int], str] = {
     ((3, 4, 6, 3), 64): "resnet50_clip_gap",
     ((3, 4, 23, 3), 64): "resnet101_clip_gap",
     ((4, 6, 10, 6), 80): "resnet50x4_clip_gap",
@@ -88,13 +94,14 @@ def host(state: State, *, quick_gelu: bool) -> str:
     return name.format("_quickgelu" if quick_gelu else "")
 
 
-def activation_of(conversion: Conversion, state: State) -> bool:
-    """Whether the architecture a CLIP ViT is said to be has QuickGELU; state: in timm's names, for the message.
+def activation_of(conversion: Conversion) -> bool:
+    """Whether the architecture a CLIP ViT, by now in timm's names, is said to be has QuickGELU.
 
     Raises WeightsError if none is named, saying which can be.
     """
     if conversion.architecture is not None:
         return "_quickgelu" in conversion.architecture
+    state = conversion.state
     quick, plain = (host(state, quick_gelu=value) for value in (True, False))
     short_quick, short_plain = _SHORT.get(_sizes(state), ("", ""))
     raise WeightsError(
@@ -105,10 +112,10 @@ def activation_of(conversion: Conversion, state: State) -> bool:
     )
 
 
-def _sizes(state: State) -> tuple[int, int, int] | None:
+def _sizes(state: State) -> tuple[int, ...]:
     """Width, patch size and image size."""
     vit = measure(state)
-    return vit and (vit.width, vit.patch_size, vit.grid * vit.patch_size)
+    return (vit.width, vit.patch_size, vit.grid * vit.patch_size) if vit else ()
 
 
 def _openai(conversion: Conversion) -> Network:
@@ -119,9 +126,9 @@ def _openai(conversion: Conversion) -> Network:
 
 
 def _unsaid(conversion: Conversion) -> Network:
-    seen = Conversion(conversion.state)
-    clip_tower(seen, quick_gelu=False)
-    return clip_tower(conversion, quick_gelu=activation_of(conversion, seen.state))
+    network = clip_tower(conversion, quick_gelu=False)
+    quick_gelu = activation_of(conversion)
+    return network._replace(architecture=host(conversion.state, quick_gelu=quick_gelu))
 
 
 def _trunk(conversion: Conversion) -> Network:
@@ -129,12 +136,12 @@ def _trunk(conversion: Conversion) -> Network:
     if conversion.architecture is None:
         raise WeightsError(
             "this is an open_clip file around a timm model (visual.trunk.*), and its tensors do not show which",
-            hint="name it: --arch open_clip:ARCH/TAG, such as open_clip:ViT-B-16-SigLIP2/webli, or the timm model inside",
+            hint="name it: --arch open_clip:ARCH/TAG, as in open_clip:ViT-B-16-SigLIP2/webli, or the timm model inside",
         )
     conversion.enter(
         "visual.trunk.", (*_TEXT, (r"visual\.head\..*", "projection into the space shared with texts"))
     )
-    return Network(conversion.architecture, {}, mean=CLIP_MEAN, std=CLIP_STD)
+    return Network(conversion.architecture, {})
 
 
 def _resnet(conversion: Conversion) -> Network:
@@ -155,9 +162,8 @@ def _resnet(conversion: Conversion) -> Network:
         raise WeightsError(f"timm has no CLIP ResNet of {num_blocks} blocks, {width} wide")
     side = round((state["attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
     conversion.drop(r"attnpool\..*", "attention pooling after the last map")
-    conversion.rename(r"^(conv|bn)([123])\.", _stem_name, "timm's name for it")
-    conversion.rename(r"^layer(\d)\.(\d+)\.downsample\.([01])\.", _shortcut_name, "timm's name for it")
-    conversion.rename(r"^layer(\d)\.(\d+)\.(conv|bn)([123])\.", _block_name, "timm's name for it")
+    for pattern, replacement in _RESNET_NAMES:
+        conversion.rename(pattern, replacement, "timm's name for it")
     return Network(
         _RESNETS[num_blocks, width],
         {"img_size": side * 32},
@@ -166,20 +172,6 @@ def _resnet(conversion: Conversion) -> Network:
         crop_ratio=1.0,
         interpolation="bicubic",
     )
-
-
-def _stem_name(match: re.Match[str]) -> str:
-    return f"stem.conv{match[2]}.{match[1]}."
-
-
-def _shortcut_name(match: re.Match[str]) -> str:
-    kind = "conv.conv" if match[3] == "0" else "conv.bn"
-    return f"stages.{int(match[1]) - 1}.{match[2]}.shortcut.{kind}."
-
-
-def _block_name(match: re.Match[str]) -> str:
-    place = {"1": "conv1_1x1", "2": "conv2_kxk", "3": "conv3_1x1"}[match[4]]
-    return f"stages.{int(match[1]) - 1}.{match[2]}.{place}.{match[3]}."
 
 
 _TOWER = (

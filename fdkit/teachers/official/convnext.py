@@ -14,7 +14,7 @@ from torch import Tensor
 from fdkit.teachers.official._layout import Conversion, Layout, Network, State
 
 NORM_EPS = 1e-6
-SIZES = {
+SIZES: dict[tuple[tuple[int, ...], int], str] = {
     ((2, 2, 6, 2), 40): "atto",
     ((2, 2, 6, 2), 48): "femto",
     ((2, 2, 6, 2), 64): "pico",

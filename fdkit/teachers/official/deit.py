@@ -43,7 +43,7 @@ _OTHERS = (*NOT_PLAIN, r"mask_token", r"decoder_.*", r"cls_head\..*", r"blocks_t
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "deit",
-        "DeiT",
+        "plain ViT with a classifier, as of DeiT",
         requires=_STANDARD,
         forbids=(*_OTHERS, r"dist_token", r"fc_norm\..*", r"pre_logits\..*"),
         shows=is_deit,
@@ -59,7 +59,13 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "deit3",
         "DeiT III",
-        requires=(*PLAIN, r"cls_token", r"norm\.weight", r"blocks\.0\.gamma_1", r"blocks\.0\.attn\.qkv\.bias"),
+        requires=(
+            *PLAIN,
+            r"cls_token",
+            r"norm\.weight",
+            r"blocks\.0\.gamma_1",
+            r"blocks\.0\.attn\.qkv\.bias",
+        ),
         forbids=(*_OTHERS, r"dist_token"),
         convert=_deit3,
     ),

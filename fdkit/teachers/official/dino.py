@@ -26,7 +26,7 @@ _DINOV3_HOSTS = {384: "small", 768: "base", 1024: "large", 1280: "huge_plus", 40
 
 
 def _dino(conversion: Conversion) -> Network:
-    """Source: facebookresearch/dino, vision_transformer.py and utils.py; bytedance/ibot, models/vision_transformer.py."""
+    """Source: facebookresearch/dino, vision_transformer.py and utils.py; bytedance/ibot, vision_transformer.py."""
     conversion.drop("masked_embed", "iBOT's mask token, which stands in for hidden patches")
     return network_of(conversion.state, resample=positions.by_scale)
 
@@ -59,7 +59,10 @@ def _fold_class_position(conversion: Conversion) -> None:
     parts = {"class_position": table[:, :1], "pos_embed": table[:, 1:]}
     conversion.split("pos_embed", parts, "the class token's row goes into the class token")
     conversion.merge(
-        ["cls_token", "class_position"], "cls_token", lambda both: both[0] + both[1], "with its position added"
+        ["cls_token", "class_position"],
+        "cls_token",
+        lambda both: both[0] + both[1],
+        "with its position added",
     )
 
 
@@ -75,7 +78,9 @@ def _dinov3(conversion: Conversion) -> Network:
     for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
         _split_bias(conversion, key)
     conversion.drop(r".*\.bias_mask", "mask of the qkv bias, which is applied to it")
-    conversion.drop(r"rope_embed\.periods", "periods of the rotary positions, which the network is built with")
+    conversion.drop(
+        r"rope_embed\.periods", "periods of the rotary positions, which the network is built with"
+    )
     conversion.drop("mask_token", "mask token, which stands in for hidden patches")
     conversion.drop(r"local_cls_norm\..*", "norm of small crops' class tokens, used in pretraining alone")
     for pattern, replacement in (
@@ -109,7 +114,9 @@ def _dinov3_args(state: State) -> dict[str, Any]:
         "num_heads": width // (4 * len(periods)),
         "mlp_ratio": ratio_for(hidden, width),
         "swiglu_mlp": is_gated,
-        "swiglu_align_to": 1 if is_gated else 0,  # not 0: timm then keeps the two matrices apart, as the file does
+        "swiglu_align_to": 1
+        if is_gated
+        else 0,  # not 0: timm then keeps the two matrices apart, as the file does
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "num_reg_tokens": state["storage_tokens"].shape[1],
         "rope_periods": [float(period) for period in periods],
@@ -117,7 +124,7 @@ def _dinov3_args(state: State) -> dict[str, Any]:
 
 
 def _split_bias(conversion: Conversion, key: str) -> None:
-    """timm has no bias for the keys, which the file's mask makes zero; refused if it does not."""
+    """The parts of a qkv bias that timm has: none for the keys, which the file's mask makes zero, or it is refused."""
     bias: Tensor = conversion.state[key]
     mask = conversion.state.get(f"{key}_mask")
     query, middle, value = (bias if mask is None else bias * mask).chunk(3)
@@ -128,13 +135,20 @@ def _split_bias(conversion: Conversion, key: str) -> None:
     conversion.split(key, parts, "its parts for queries and values; the keys' is masked to zero")
 
 
-_EXTRAS = (r"dist_token", r"mask_token", r"decoder_.*", r"cls_head\..*", r"blocks_token\..*", r"pred_head\..*")
+_EXTRAS = (
+    r"dist_token",
+    r"mask_token",
+    r"decoder_.*",
+    r"cls_head\..*",
+    r"blocks_token\..*",
+    r"pred_head\..*",
+)
 _BLOCK = r"blocks\.0\.(0\.)?"
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "dino",
-        "DINO or iBOT (ViT)",
+        "plain ViT, as of DINO and iBOT",
         requires=(*PLAIN, r"cls_token", r"norm\.weight"),
         forbids=(*NOT_PLAIN, *_EXTRAS, r"head\..*", r"fc_norm\..*", r"pre_logits\..*"),
         prefixes=("", "backbone."),

@@ -17,11 +17,13 @@ def by_size(table: Tensor, old: Grid, new: Grid) -> Tensor:
     Source: facebookresearch/mae, util/pos_embed.py; the same in facebookresearch/deit, main.py, microsoft/ExtreMA,
     finetune/run_class_finetuning.py, and ZhichengHuang/CMAE, models/utils/embed.py.
     """
-    return _as_tokens(F.interpolate(_as_map(table, old), size=new, mode="bicubic", align_corners=False), table)
+    return _as_tokens(
+        F.interpolate(_as_map(table, old), size=new, mode="bicubic", align_corners=False), table
+    )
 
 
 def by_scale(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Bicubic, without antialiasing, by the factor (new + 0.1) / old: it samples a little off the new size's own points.
+    """Bicubic, without antialiasing, by the factor (new + 0.1) / old, so a little off the new size's own points.
 
     Source: facebookresearch/dino, vision_transformer.py, interpolate_pos_encoding; the same in bytedance/ibot and, for
     models without registers, in facebookresearch/dinov2.
@@ -37,7 +39,9 @@ def by_size_antialiased(table: Tensor, old: Grid, new: Grid) -> Tensor:
 
     Source: facebookresearch/dinov2, hub/backbones.py, for models with registers; timm, layers/pos_embed.py.
     """
-    resized = F.interpolate(_as_map(table, old), size=new, mode="bicubic", antialias=True, align_corners=False)
+    resized = F.interpolate(
+        _as_map(table, old), size=new, mode="bicubic", antialias=True, align_corners=False
+    )
     return _as_tokens(resized, table)
 
 
