@@ -178,6 +178,9 @@ class _Prefix(logging.Formatter):
 
 def _log_to_stderr() -> None:
     logger = logging.getLogger("fdkit")
+    for handler in logger.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr  # which another call in this process may have replaced
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setLevel(logging.INFO)  # a run's log file takes more

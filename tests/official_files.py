@@ -1,6 +1,8 @@
 """Files in an official layout: made of seeded values, read, and loaded whole into the network they show."""
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor
 
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import build_timm
+from fdkit.teachers.checkpoint_file import load_file
 from fdkit.teachers.official import LAYOUTS, Network, Reading, read
 from fdkit.teachers.official._layout import state_in
+from fdkit.teachers.request import Request
 from tests import golden
 
 Shapes = dict[str, tuple[int, ...]]
@@ -41,11 +45,12 @@ def read_one(content: Any, checkpoint_key: str | None = None) -> Reading:
 
 
 def load(content: Any, checkpoint_key: str | None = None) -> tuple[Backbone, Reading]:
-    """The content in its network, every tensor of which it must give."""
-    reading = read_one(content, checkpoint_key)
-    backbone = build(reading.network)
-    backbone.network.load_state_dict(reading.state, strict=True)
-    return backbone.eval(), reading
+    """The content, written to a file and loaded from it, and how it was read."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pth"
+        torch.save(content, path)
+        loaded = load_file(path, Request(str(path), checkpoint_key=checkpoint_key))
+    return loaded.backbone.eval(), read_one(content, checkpoint_key)
 
 
 def build(network: Network) -> Backbone:

@@ -62,12 +62,12 @@ class Backbone(nn.Module):
     """A network with its own preprocessing and a uniform way to its final tokens.
 
     network: the timm or open_clip module itself; its state dict keeps that library's names.
-    tokens_of: maps (network, normalised images) to Tokens.
+    tokens_of: maps (network, its input) to Tokens; the input is made of images in one place, `_network_input`.
     embed_dim: C; patch_size: input pixels between neighbouring tokens; num_prefix_tokens: P.
     recipe: plain data (library, architecture, model_args; the preprocessing is added here) from which
         `build_backbone` makes the same network again without weights.
-    logits_of: maps (network, normalised images) to (B, K), the output of the model's own head: class
-        logits, or CLIP's projected embedding; None if the model was built without one.
+    logits_of: maps (network, its input) to (B, K), the output of the model's own head: class logits, or CLIP's
+        projected embedding; None if the model was built without one.
     The network may be of any dtype: images are resized and normalised in float32 and cast last.
     """
 

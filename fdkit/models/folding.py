@@ -74,7 +74,7 @@ def fold(network: nn.Module, statistics: Statistics) -> bool:
 
 
 def folded_statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(mean, std) that are folded into a network, which then reads images in [0, 1]; None if it reads normalised ones."""
+    """(mean, std) folded into a network, which then reads images in [0, 1]; None if it reads normalised ones."""
     folded: tuple[tuple[float, ...], tuple[float, ...]] | None = getattr(network, "folded_statistics", None)
     return folded
 

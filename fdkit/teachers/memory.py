@@ -18,6 +18,7 @@ from torch import Tensor
 _AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ *(.*)")
 _WRITTEN = re.compile(r"(Anonymous|Swap): +[1-9]")
 
+
 class Mapping(NamedTuple):
     """A part of a file that this process has mapped, and nobody has written to."""
 

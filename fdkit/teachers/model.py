@@ -133,8 +133,9 @@ def _load_official(entry: Entry, request: Request) -> Loaded:
 
 
 def _with_random_weights(loaded: Loaded, name: str) -> Loaded:
+    """Said loudly; no licence of the weights binds what has none of them."""
     logger.warning("RANDOM WEIGHTS: %s is built without its pretrained weights", name)
-    return loaded
+    return loaded._replace(is_noncommercial=False)
 
 
 def _load_run(folder: Path, request: Request) -> Loaded:

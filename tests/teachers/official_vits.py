@@ -3,7 +3,9 @@
 `vit_tokens` is the oracle: functional torch on the official names, with no module of timm's or ours.
 """
 
+import tempfile
 import zlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import build_timm
-from fdkit.models.rope import state_periods
-from fdkit.teachers.official._layout import Network, Reading, read, state_in
-from fdkit.teachers.official.vit import LAYOUTS
+from fdkit.teachers.checkpoint_file import load_file
+from fdkit.teachers.official import LAYOUTS, Network, Reading, read
+from fdkit.teachers.official._layout import state_in
+from fdkit.teachers.request import Request
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -115,38 +118,25 @@ class Loaded(NamedTuple):
 
 
 def load(content: Any, *, checkpoint_key: str | None = None, image_size: int | None = None) -> Loaded:
-    """A file's content in the network its layout names, every tensor accounted for, claimed by no other layout."""
+    """The content, written to a file and loaded from it: claimed by one layout alone, every tensor accounted for."""
     whole = state_in(content, source="x.pth", checkpoint_key=checkpoint_key)
     claims = [layout.title for layout in LAYOUTS if layout.prefix_in(whole, checkpoint_key) is not None]
     assert len(claims) == 1, claims
     reading = read(content, LAYOUTS, source="x.pth", checkpoint_key=checkpoint_key)
     assert reading is not None
-    network, state = reading.network, dict(reading.state)
-    backbone = build(network, image_size)
-    if image_size is not None and "pos_embed" in state:
-        patch = network.model_args["patch_size"]
-        old, new = (network.model_args["img_size"] // patch,) * 2, (image_size // patch,) * 2
-        table = state["pos_embed"]
-        num_prefix = table.shape[1] - old[0] * old[1]
-        assert network.resample_positions is not None
-        patches = network.resample_positions(table[:, num_prefix:], old, new)
-        state["pos_embed"] = torch.cat([table[:, :num_prefix], patches], dim=1)
-    backbone.network.load_state_dict(state)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pth"
+        torch.save(content, path)
+        request = Request(str(path), image_size=image_size, checkpoint_key=checkpoint_key)
+        backbone = load_file(path, request).backbone
     norms = {module.eps for module in backbone.network.modules() if isinstance(module, nn.LayerNorm)}
     assert norms == {1e-5 if reading.layout == "dinov3" else 1e-6}
     return Loaded(reading, backbone.eval())
 
 
-def build(network: Network, image_size: int | None = None) -> Backbone:
-    """The network a layout names, with random weights and the file's statistics."""
-    args = {**network.assumed_args, **network.model_args} | ({"img_size": image_size} if image_size else {})
-    periods = args.pop("rope_periods", None)
-    backbone = build_timm(network.architecture, args)
-    if periods is not None:
-        state_periods(backbone.network, periods)
-    backbone.mean.copy_(torch.tensor(network.mean).view(3, 1, 1))
-    backbone.std.copy_(torch.tensor(network.std).view(3, 1, 1))
-    return backbone
+def build(network: Network) -> Backbone:
+    """The network a layout names, with random weights."""
+    return build_timm(network.architecture, {**network.assumed_args, **network.model_args})
 
 
 def normalised(

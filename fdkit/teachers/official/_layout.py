@@ -329,7 +329,8 @@ def nearest(state: Mapping[str, Tensor], layouts: Iterable[Layout]) -> str:
         for prefix in layout.prefixes:
             inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
             missing = layout.missing(inside)
-            share = 1 - len(missing) / max(1, len(layout.requires))
+            # A name that is lacking says more than a layout refused for what its tensors hold.
+            share = 1 - len(missing) / len(layout.requires) if missing else 0.8
             if share > best_share:
                 best_share = share
                 lacking = f", but without {', '.join(pattern.replace(chr(92), '') for pattern in missing[:3])}"

@@ -7,7 +7,6 @@ Source: huggingface/transformers, models/*/modeling_*.py and configuration_*.py 
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,8 +81,9 @@ def _vit(
     resample: Resample = positions.by_size,
     architecture: str | None = None,
     eps: float = 1e-12,
+    activation: str | None = "gelu",
 ) -> Network:
-    """A plain ViT in BERT's names; eps is that of the norms where the config does not say."""
+    """A plain ViT in BERT's names; epsilon and activation are those where the config does not say."""
     conversion.drop(_POOLER, "layer between the class token and a classifier")
     conversion.drop(r"embeddings\.mask_token", "mask token, which stands in for hidden patches")
     _rename(conversion, _BERT_NAMES)
@@ -98,7 +98,7 @@ def _vit(
         crop_ratio=None,
         interpolation=None,
     )
-    return _told(network, config, eps=eps, activation="gelu")
+    return _told(network, config, eps=eps, activation=activation)
 
 
 def _plain(conversion: Conversion, config: Config | None) -> Network:
@@ -116,15 +116,14 @@ def _dinov2(conversion: Conversion, config: Config | None) -> Network:
     state = conversion.state
     is_gated = "encoder.layer.0.mlp.weights_in.weight" in state
     has_registers = "embeddings.register_tokens" in state
-    network = _vit(
+    return _vit(
         conversion,
         config,
         resample=positions.by_size_antialiased if has_registers else positions.by_size,
         architecture="vit_giant_patch14_dinov2" if is_gated else None,
         eps=1e-6,
+        activation=None if is_gated else "gelu",
     )
-    args = {key: value for key, value in network.model_args.items() if key != "act_layer" or not is_gated}
-    return network._replace(model_args=args)
 
 
 def _fold_class_position(conversion: Conversion) -> None:
@@ -171,7 +170,12 @@ def _dinov3(conversion: Conversion, config: Config | None) -> Network:
     network = Network(f"vit_{size}_patch16_dinov3", args, heads, words)
     if config is not None:
         network = Network(network.architecture, {**args, **heads})
-    return _told(network, config, eps=1e-5, activation="silu" if is_gated else "gelu")
+    activation = "silu" if is_gated else "gelu"
+    if _activation(config or {}, activation) != activation:
+        raise WeightsError(
+            f"config.json has the activation {(config or {})['hidden_act']}; DINOv3 has {activation}"
+        )
+    return _told(network, config, eps=1e-5, activation=None)
 
 
 def _clip(conversion: Conversion, config: Config | None) -> Network:
@@ -183,10 +187,8 @@ def _clip(conversion: Conversion, config: Config | None) -> Network:
     )
     _rename(conversion, _CLIP_NAMES)
     _merge_qkv(conversion, ("q_proj", "k_proj", "v_proj"))
-    if config is None:
-        quick_gelu = activation_of(conversion)
-    else:
-        quick_gelu = _activation(config, "quick_gelu") == "quick_gelu"
+    activation = _activation(config, "quick_gelu") if config is not None else ""
+    quick_gelu = activation == "quick_gelu" if activation else activation_of(conversion)
     network = network_of(
         conversion.state,
         resample=positions.by_size,
@@ -237,20 +239,22 @@ def _heads(config: Config | None, default: int) -> int | None:
 
 
 def _activation(config: Config, default: str) -> str:
-    """timm's name of the activation a config states."""
+    """The activation a config states, by timm's name."""
     stated = config.get("hidden_act", default)
     if stated not in _ACTIVATIONS:
         raise WeightsError(f"config.json has the activation {stated}; known are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[stated]
 
 
-def _told(network: Network, config: Config | None, *, eps: float, activation: str) -> Network:
-    """The network with its norms' epsilon and its activation: the config's, or those all models of its kind have."""
+def _told(network: Network, config: Config | None, *, eps: float, activation: str | None) -> Network:
+    """The network with its norms' epsilon and its activation: the config's, or those all models of its kind have.
+
+    activation: None for a gated MLP, which has one that cannot be chosen.
+    """
     stated = config or {}
-    args = {
-        "layer_norm_eps": float(stated.get("layer_norm_eps", eps)),
-        "act_layer": _activation(stated, activation),
-    }
+    args: dict[str, Any] = {"layer_norm_eps": float(stated.get("layer_norm_eps", eps))}
+    if activation is not None:
+        args["act_layer"] = _activation(stated, activation)
     network = network._replace(model_args={**network.model_args, **args})
     _check_sizes(network, stated)
     return network
@@ -287,7 +291,9 @@ class _Family(NamedTuple):
 def _family(
     model_types: tuple[str, ...], convert: Callable[[Conversion, Config | None], Network], **fields: Any
 ) -> _Family:
-    return _Family(model_types, Layout(convert=partial(convert, config=None), **fields), convert)
+    return _Family(
+        model_types, Layout(convert=lambda conversion: convert(conversion, None), **fields), convert
+    )
 
 
 def _has_fixed_positions(state: State) -> bool:
@@ -366,6 +372,7 @@ _FAMILIES = (
             r"encoder\.layer\.0\.attention\.attention\.query\.weight",
             r"encoder\.layer\.0\.layer_scale1\.lambda1",
             r"encoder\.layer\.0\.mlp\.(fc1|weights_in)\.weight",
+            r"layernorm\.weight",
         ),
         prefixes=("dinov2.", "dinov2_with_registers.", ""),
         outside=(_CLASSIFIER,),

@@ -1,0 +1,493 @@
+"""Each family against a plain re-writing of its forward in transformers, on that library's own names."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdkit.errors import WeightsError
+from fdkit.models.backbone import IMAGENET_MEAN
+from fdkit.models.libraries import build_timm
+from fdkit.models.vit import sincos_position
+from fdkit.teachers.official import LAYOUTS, Reading, read
+from fdkit.teachers.official.huggingface import read_configured
+
+State = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def seeded(shapes: Shapes, *, seed: int = 0) -> State:
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(key: str, shape: tuple[int, ...]) -> Tensor:
+        is_norm = "norm" in key and key.endswith("weight")
+        scale = 1 / math.sqrt(shape[-1]) if len(shape) == 2 and "position" not in key else 0.2
+        return is_norm + scale * torch.randn(shape, generator=generator)
+
+    return {key: values(key, shape) for key, shape in shapes.items()}
+
+
+def linear_shapes(name: str, out: int, into: int, *, bias: bool = True) -> Shapes:
+    return {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
+
+
+def norm_shapes(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def bert_shapes(
+    kind: str,
+    width: int,
+    depth: int,
+    patch: int,
+    grid: int,
+    hidden: int,
+    *,
+    prefix: str = "",
+    num_registers: int = 0,
+) -> Shapes:
+    """Names and shapes of ViT, MAE, DeiT (kind vit, deit) and DINOv2 (dinov2, dinov2_swiglu)."""
+    num_prefix = 2 if kind == "deit" else 1
+    shapes: Shapes = {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.position_embeddings": (1, grid * grid + num_prefix, width),
+        "embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
+        "embeddings.patch_embeddings.projection.bias": (width,),
+        **norm_shapes("layernorm", width),
+    }
+    shapes |= {"embeddings.distillation_token": (1, 1, width)} if kind == "deit" else {}
+    shapes |= {"embeddings.register_tokens": (1, num_registers, width)} if num_registers else {}
+    shapes |= {"embeddings.mask_token": (1, width)} if kind.startswith("dinov2") else {}
+    for block in range(depth):
+        name = f"encoder.layer.{block}"
+        for part in ("query", "key", "value"):
+            shapes |= linear_shapes(f"{name}.attention.attention.{part}", width, width)
+        shapes |= linear_shapes(f"{name}.attention.output.dense", width, width)
+        if not kind.startswith("dinov2"):
+            shapes |= norm_shapes(f"{name}.layernorm_before", width) | norm_shapes(
+                f"{name}.layernorm_after", width
+            )
+            shapes |= linear_shapes(f"{name}.intermediate.dense", hidden, width)
+            shapes |= linear_shapes(f"{name}.output.dense", width, hidden)
+            continue
+        shapes |= norm_shapes(f"{name}.norm1", width) | norm_shapes(f"{name}.norm2", width)
+        shapes |= {f"{name}.layer_scale{half}.lambda1": (width,) for half in (1, 2)}
+        is_gated = kind == "dinov2_swiglu"
+        first, second = ("weights_in", "weights_out") if is_gated else ("fc1", "fc2")
+        shapes |= linear_shapes(f"{name}.mlp.{first}", hidden * (2 if is_gated else 1), width)
+        shapes |= linear_shapes(f"{name}.mlp.{second}", width, hidden)
+    return {prefix + key: shape for key, shape in shapes.items()}
+
+
+def tower_shapes(kind: str, width: int, depth: int, patch: int, grid: int, hidden: int) -> Shapes:
+    """Names and shapes of the image towers of CLIP and SigLIP, with what stands beside them."""
+    shapes: Shapes = {"embeddings.position_embedding.weight": (grid * grid + (kind == "clip"), width)}
+    shapes |= {
+        "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        **norm_shapes("post_layernorm", width),
+    }
+    if kind == "clip":
+        shapes |= {"embeddings.class_embedding": (width,), **norm_shapes("pre_layrnorm", width)}
+    else:
+        shapes |= {"embeddings.patch_embedding.bias": (width,), "head.probe": (1, 1, width)}
+        shapes |= {
+            "head.attention.in_proj_weight": (3 * width, width),
+            "head.mlp.fc1.weight": (hidden, width),
+        }
+    for block in range(depth):
+        name = f"encoder.layers.{block}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear_shapes(f"{name}.self_attn.{part}", width, width)
+        shapes |= norm_shapes(f"{name}.layer_norm1", width) | norm_shapes(f"{name}.layer_norm2", width)
+        shapes |= linear_shapes(f"{name}.mlp.fc1", hidden, width) | linear_shapes(
+            f"{name}.mlp.fc2", width, hidden
+        )
+    beside = {
+        "text_model.embeddings.position_ids": (1, 6),
+        "text_model.encoder.layers.0.mlp.fc1.weight": (4, 4),
+    }
+    beside |= {"logit_scale": (), "visual_projection.weight": (4, width), "text_projection.weight": (4, 4)}
+    return {f"vision_model.{key}": shape for key, shape in shapes.items()} | beside
+
+
+def dinov3_shapes(width: int, depth: int, hidden: int, *, is_gated: bool, num_registers: int = 4) -> Shapes:
+    shapes: Shapes = {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.mask_token": (1, 1, width),
+        "embeddings.register_tokens": (1, num_registers, width),
+        "embeddings.patch_embeddings.weight": (width, 3, 16, 16),
+        "embeddings.patch_embeddings.bias": (width,),
+        **norm_shapes("norm", width),
+    }
+    for block in range(depth):
+        name = f"layer.{block}"
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes |= linear_shapes(f"{name}.attention.{part}", width, width, bias=part != "k_proj")
+        shapes |= norm_shapes(f"{name}.norm1", width) | norm_shapes(f"{name}.norm2", width)
+        shapes |= {f"{name}.layer_scale{half}.lambda1": (width,) for half in (1, 2)}
+        for part in ("gate_proj", "up_proj") if is_gated else ("up_proj",):
+            shapes |= linear_shapes(f"{name}.mlp.{part}", hidden, width)
+        shapes |= linear_shapes(f"{name}.mlp.down_proj", width, hidden)
+    return shapes
+
+
+def linear(state: State, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+
+def norm(state: State, name: str, x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+
+def attend(
+    state: State,
+    names: tuple[str, str, str],
+    x: Tensor,
+    heads: int,
+    rotate: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    query, key, value = (linear(state, name, x).unflatten(-1, (heads, -1)).transpose(1, 2) for name in names)
+    if rotate is not None:
+        query, key = rotate(query), rotate(key)
+    weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def bert_tokens(state: State, images: Tensor, *, heads: int, eps: float, act: str = "gelu") -> Tensor:
+    """last_hidden_state of ViT, MAE (nothing masked), DeiT and DINOv2."""
+    kernel = state["embeddings.patch_embeddings.projection.weight"]
+    bias = state["embeddings.patch_embeddings.projection.bias"]
+    patches = F.conv2d(images, kernel, bias, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
+    names = ("embeddings.cls_token", "embeddings.distillation_token")
+    prefix = [state[name].expand(len(images), -1, -1) for name in names if name in state]
+    x = torch.cat([*prefix, patches], dim=1) + state["embeddings.position_embeddings"]
+    if (registers := state.get("embeddings.register_tokens")) is not None:
+        x = torch.cat([x[:, :1], registers.expand(len(images), -1, -1), x[:, 1:]], dim=1)
+    for block in range(2):
+        name = f"encoder.layer.{block}"
+        is_dinov2 = f"{name}.norm1.weight" in state
+        first, second = ("norm1", "norm2") if is_dinov2 else ("layernorm_before", "layernorm_after")
+        names = tuple(f"{name}.attention.attention.{part}" for part in ("query", "key", "value"))
+        attended = attend(state, names, norm(state, f"{name}.{first}", x, eps), heads)
+        attended = linear(state, f"{name}.attention.output.dense", attended)
+        x = x + attended * state.get(f"{name}.layer_scale1.lambda1", torch.ones(1))
+        y = norm(state, f"{name}.{second}", x, eps)
+        if f"{name}.mlp.weights_in.weight" in state:
+            gate, value = linear(state, f"{name}.mlp.weights_in", y).chunk(2, dim=-1)
+            y = linear(state, f"{name}.mlp.weights_out", F.silu(gate) * value)
+        elif is_dinov2:
+            y = linear(state, f"{name}.mlp.fc2", ACTIVATIONS[act](linear(state, f"{name}.mlp.fc1", y)))
+        else:
+            y = ACTIVATIONS[act](linear(state, f"{name}.intermediate.dense", y))
+            y = linear(state, f"{name}.output.dense", y)
+        x = x + y * state.get(f"{name}.layer_scale2.lambda1", torch.ones(1))
+    return norm(state, "layernorm", x, eps)
+
+
+def tower_tokens(state: State, images: Tensor, *, heads: int, eps: float, act: str) -> Tensor:
+    """post_layernorm on every token of CLIP's and SigLIP's image tower."""
+    state = {key.removeprefix("vision_model."): value for key, value in state.items()}
+    kernel = state["embeddings.patch_embedding.weight"]
+    x = F.conv2d(images, kernel, state.get("embeddings.patch_embedding.bias"), stride=kernel.shape[-1])
+    x = x.flatten(2).transpose(1, 2)
+    if (token := state.get("embeddings.class_embedding")) is not None:
+        x = torch.cat([token.expand(len(images), 1, -1), x], dim=1)
+    x = x + state["embeddings.position_embedding.weight"]
+    if "pre_layrnorm.weight" in state:
+        x = norm(state, "pre_layrnorm", x, eps)
+    for block in range(2):
+        name = f"encoder.layers.{block}"
+        names = tuple(f"{name}.self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj"))
+        attended = attend(state, names, norm(state, f"{name}.layer_norm1", x, eps), heads)
+        x = x + linear(state, f"{name}.self_attn.out_proj", attended)
+        y = ACTIVATIONS[act](linear(state, f"{name}.mlp.fc1", norm(state, f"{name}.layer_norm2", x, eps)))
+        x = x + linear(state, f"{name}.mlp.fc2", y)
+    return norm(state, "post_layernorm", x, eps)
+
+
+def dinov3_tokens(state: State, images: Tensor, *, heads: int, theta: float = 100.0) -> Tensor:
+    rows, columns = images.shape[-2] // 16, images.shape[-1] // 16
+    kernel, bias = (state[f"embeddings.patch_embeddings.{leaf}"] for leaf in ("weight", "bias"))
+    patches = F.conv2d(images, kernel, bias, stride=16).flatten(2).transpose(1, 2)
+    prefix = [
+        state[f"embeddings.{name}"].expand(len(images), -1, -1) for name in ("cls_token", "register_tokens")
+    ]
+    x = torch.cat([*prefix, patches], dim=1)
+    num_prefix = x.shape[1] - rows * columns
+    head_dim = x.shape[-1] // heads
+    frequencies = 1 / theta ** torch.arange(0, 1, 4 / head_dim)
+    centres = [(2 * (torch.arange(count) + 0.5) / count - 1) for count in (rows, columns)]
+    places = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)
+    angles = (2 * math.pi * places[:, :, None] * frequencies).flatten(1).tile(2)
+
+    def rotate(y: Tensor) -> Tensor:
+        first, patch = y[:, :, :num_prefix], y[:, :, num_prefix:]
+        low, high = patch.chunk(2, dim=-1)
+        turned = patch * angles.cos() + torch.cat([-high, low], dim=-1) * angles.sin()
+        return torch.cat([first, turned], dim=2)
+
+    for block in range(2):
+        name = f"layer.{block}"
+        names = tuple(f"{name}.attention.{part}" for part in ("q_proj", "k_proj", "v_proj"))
+        attended = attend(state, names, norm(state, f"{name}.norm1", x, 1e-5), heads, rotate)
+        x = x + linear(state, f"{name}.attention.o_proj", attended) * state[f"{name}.layer_scale1.lambda1"]
+        y = norm(state, f"{name}.norm2", x, 1e-5)
+        hidden = linear(state, f"{name}.mlp.up_proj", y)
+        if f"{name}.mlp.gate_proj.weight" in state:
+            hidden = F.silu(linear(state, f"{name}.mlp.gate_proj", y)) * hidden
+        else:
+            hidden = F.gelu(hidden)
+        x = x + linear(state, f"{name}.mlp.down_proj", hidden) * state[f"{name}.layer_scale2.lambda1"]
+    return norm(state, "norm", x, 1e-5)
+
+
+def recognised(state: State, **options: Any) -> Reading:
+    reading = read(state, LAYOUTS, source="x.safetensors", **options)
+    assert reading is not None
+    return reading
+
+
+@torch.no_grad()
+def tokens_of(reading: Reading, images: Tensor, **args: Any) -> Tensor:
+    network = reading.network
+    backbone = build_timm(network.architecture, {**network.assumed_args, **network.model_args, **args})
+    backbone.network.load_state_dict(reading.state, strict=True)
+    return backbone.eval().network.forward_features(images)
+
+
+def close(mine: Tensor, theirs: Tensor) -> bool:
+    return mine.shape == theirs.shape and bool((mine - theirs).abs().max() < 2e-5)
+
+
+SMALL = {"width": 128, "depth": 2, "patch": 8, "grid": 4, "hidden": 200}
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+def with_fixed_positions(state: State, prefix: str = "") -> State:
+    table = sincos_position((4, 4), 128, first="column")
+    state[f"{prefix}embeddings.position_embeddings"] = torch.cat([torch.zeros(1, 128), table]).unsqueeze(0)
+    return state
+
+
+def without(prefix: str, state: State) -> State:
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["vit.", ""])
+def test_vit(prefix: str) -> None:
+    extras = (
+        {"classifier.weight": (5, 128), "classifier.bias": (5,)}
+        if prefix
+        else {"pooler.dense.weight": (128, 128)}
+    )
+    state = seeded(bert_shapes("vit", **SMALL, prefix=prefix) | extras)
+    reading = recognised(state)
+    assert reading.layout == "hf_vit"
+    assert reading.network.assumed_args == {"num_heads": 2}
+    assert "2 heads" in reading.network.assumption
+    assert "preprocessor_config.json" in reading.network.assumption
+    expected = bert_tokens(without(prefix, state), IMAGES, heads=2, eps=1e-12)
+    assert close(tokens_of(reading, IMAGES), expected)
+    assert not close(tokens_of(reading, IMAGES, num_heads=4), expected)
+    assert not close(tokens_of(reading, IMAGES, act_layer="quick_gelu"), expected)
+
+
+def test_a_config_decides_heads_activation_and_epsilon() -> None:
+    state = seeded(bert_shapes("vit", **SMALL, prefix="vit."))
+    config = {
+        "model_type": "vit",
+        "num_attention_heads": 4,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 0.1,
+    }
+    reading = read_configured(state, config | {"image_size": 32, "hidden_size": 128}, source="x")
+    assert (reading.network.assumption, reading.network.assumed_args) == ("", {})
+    expected = bert_tokens(without("vit.", state), IMAGES, heads=4, eps=0.1, act="gelu_pytorch_tanh")
+    assert close(tokens_of(reading, IMAGES), expected)
+    assert not close(tokens_of(reading, IMAGES, layer_norm_eps=1e-6), expected)
+
+
+def test_a_missing_line_of_a_config_is_its_classs_default() -> None:
+    args = SMALL | {"width": 192}
+    state = seeded(bert_shapes("vit", **args))
+    reading = read_configured(state, {"model_type": "vit"}, source="x")
+    assert reading.network.model_args["num_heads"] == 12  # where the standard for the width is 3
+    assert reading.network.model_args["layer_norm_eps"] == 1e-12
+    assert close(tokens_of(reading, IMAGES), bert_tokens(state, IMAGES, heads=12, eps=1e-12))
+
+
+def test_mae_with_its_decoder() -> None:
+    shapes = bert_shapes("vit", **SMALL, prefix="vit.")
+    shapes |= {"decoder.mask_token": (1, 1, 16), "decoder.decoder_embed.weight": (16, 128)}
+    shapes |= {"decoder.decoder_layers.0.intermediate.dense.weight": (8, 16)}
+    state = with_fixed_positions(seeded(shapes), "vit.")
+    reading = recognised(state)
+    assert reading.layout == "hf_vit_mae"
+    assert reading.network.mean == IMAGENET_MEAN
+    expected = bert_tokens(without("vit.", state), IMAGES, heads=2, eps=1e-12)
+    assert close(tokens_of(reading, IMAGES), expected)
+    dropped = {change.key for change in reading.audit if change.became is None}
+    assert dropped == {key for key in state if key.startswith("decoder.")}
+
+
+def test_distilled_deit() -> None:
+    state = seeded(bert_shapes("deit", **SMALL, prefix="deit.") | {"cls_classifier.weight": (5, 128)})
+    reading = recognised(state)
+    assert reading.layout == "hf_deit"
+    assert close(tokens_of(reading, IMAGES), bert_tokens(without("deit.", state), IMAGES, heads=2, eps=1e-12))
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_swiglu"])
+@pytest.mark.parametrize("num_registers", [0, 3])
+def test_dinov2(kind: str, num_registers: int) -> None:
+    state = seeded(bert_shapes(kind, **SMALL, num_registers=num_registers))
+    reading = recognised(state)
+    assert reading.layout == "hf_dinov2"
+    expected = bert_tokens(state, IMAGES, heads=2, eps=1e-6)
+    assert close(tokens_of(reading, IMAGES), expected)
+    assert reading.network.resample_positions is not None
+    resampled = reading.network.resample_positions(reading.state["pos_embed"][:, -16:], (4, 4), (6, 6))
+    table = state["embeddings.position_embeddings"][:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    theirs = F.interpolate(table, size=(6, 6), mode="bicubic", antialias=num_registers > 0)
+    assert torch.allclose(resampled, theirs.flatten(2).transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_dinov3(is_gated: bool, size: tuple[int, int]) -> None:
+    state = seeded(dinov3_shapes(128, 2, 192, is_gated=is_gated))
+    reading = recognised(state)
+    assert reading.layout == "hf_dinov3"
+    images = torch.randn(2, 3, *size)
+    expected = dinov3_tokens(state, images, heads=2)
+    assert close(tokens_of(reading, images), expected)
+    assert not close(tokens_of(reading, images, rope_temperature=10000.0), expected)
+    config = {
+        "model_type": "dinov3_vit",
+        "num_attention_heads": 4,
+        "hidden_act": "silu" if is_gated else "gelu",
+    }
+    configured = read_configured(state, config | {"rope_theta": 50.0}, source="x")
+    assert close(tokens_of(configured, images), dinov3_tokens(state, images, heads=4, theta=50.0))
+    with pytest.raises(WeightsError, match="activation quick_gelu"):
+        read_configured(state, config | {"hidden_act": "quick_gelu"}, source="x")
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_clip_has_the_activation_its_config_states(act: str) -> None:
+    state = seeded(tower_shapes("clip", **SMALL))
+    state["vision_model.embeddings.position_ids"] = torch.arange(17).unsqueeze(0)
+    vision = {"num_attention_heads": 2, "hidden_size": 128} | ({"hidden_act": act} if act == "gelu" else {})
+    reading = read_configured(
+        state, {"model_type": "clip", "vision_config": vision, "hidden_act": "relu"}, source="x"
+    )
+    assert reading.layout == "hf_clip"
+    assert reading.network.mean == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
+    expected = tower_tokens(state, IMAGES, heads=2, eps=1e-5, act=act)
+    assert close(tokens_of(reading, IMAGES), expected)
+    other = "gelu" if act == "quick_gelu" else "quick_gelu"
+    assert not close(tokens_of(reading, IMAGES, act_layer=other), expected)
+
+
+def test_clip_without_its_config_has_to_be_named() -> None:
+    state = seeded(tower_shapes("clip", **SMALL))
+    with pytest.raises(WeightsError, match="QuickGELU or GELU") as raised:
+        read(state, LAYOUTS, source="x")
+    assert "--arch" in raised.value.hint
+    reading = recognised(state, architecture="vit_base_patch16_clip_quickgelu_224")
+    assert close(tokens_of(reading, IMAGES), tower_tokens(state, IMAGES, heads=2, eps=1e-5, act="quick_gelu"))
+
+
+def test_siglip() -> None:
+    state = seeded(tower_shapes("siglip", **SMALL))
+    reading = recognised(state)
+    assert reading.layout == "hf_siglip"
+    assert reading.network.mean == reading.network.std == (0.5, 0.5, 0.5)
+    expected = tower_tokens(state, IMAGES, heads=2, eps=1e-6, act="gelu_pytorch_tanh")
+    mine = tokens_of(reading, IMAGES)
+    assert mine.shape == (2, 16, 128)
+    assert close(mine, expected)
+    assert not close(tokens_of(reading, IMAGES, act_layer="quick_gelu"), expected)
+
+
+def meta(shapes: Shapes) -> State:
+    """Tensors without values, but for position tables, whose values are looked at."""
+    return {
+        key: torch.zeros(shape, device="cpu" if "position" in key else "meta")
+        for key, shape in shapes.items()
+    }
+
+
+REAL = {
+    "vit_base_patch16_224": (bert_shapes("vit", 768, 12, 16, 14, 3072, prefix="vit."), "hf_vit"),
+    "vit_large_patch14_dinov2": (bert_shapes("dinov2", 1024, 24, 14, 37, 4096), "hf_dinov2"),
+    "vit_giant_patch14_dinov2": (bert_shapes("dinov2_swiglu", 1536, 40, 14, 37, 4096), "hf_dinov2"),
+    "vit_small_patch14_reg4_dinov2": (
+        bert_shapes("dinov2", 384, 12, 14, 37, 1536, num_registers=4),
+        "hf_dinov2",
+    ),
+    "deit_base_distilled_patch16_224": (
+        bert_shapes("deit", 768, 12, 16, 14, 3072, prefix="deit."),
+        "hf_deit",
+    ),
+    "vit_large_patch14_clip_quickgelu_336": (tower_shapes("clip", 1024, 24, 14, 24, 4096), "hf_clip"),
+    "vit_base_patch16_siglip_gap_224": (tower_shapes("siglip", 768, 12, 16, 14, 3072), "hf_siglip"),
+    "vit_so400m_patch14_siglip_gap_224": (tower_shapes("siglip", 1152, 27, 14, 16, 4304), "hf_siglip"),
+    "vit_base_patch16_dinov3_qkvb": (dinov3_shapes(768, 12, 3072, is_gated=False), "hf_dinov3"),
+    "vit_small_plus_patch16_dinov3_qkvb": (dinov3_shapes(384, 12, 1536, is_gated=True), "hf_dinov3"),
+    "vit_huge_plus_patch16_dinov3_qkvb": (dinov3_shapes(1280, 32, 5120, is_gated=True), "hf_dinov3"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_sizes_fit_timms_model_to_the_last_tensor(name: str) -> None:
+    shapes, layout = REAL[name]
+    state = meta(shapes)
+    matching = [known.name for known in LAYOUTS if known.prefix_in(state, None) is not None]
+    assert matching == [layout]
+    with torch.device("meta"):
+        reading = recognised(state, architecture=name if layout == "hf_clip" else None)
+        network = reading.network
+        args = {**network.assumed_args, **network.model_args}
+        built = build_timm(network.architecture, args).network.state_dict()
+        own = timm.create_model(name, num_classes=0)
+    expected = {key: tuple(value.shape) for key, value in own.state_dict().items()}
+    assert {key: tuple(value.shape) for key, value in reading.state.items()} == expected
+    assert {key: tuple(value.shape) for key, value in built.items()} == expected
+    assert args["num_heads"] == own.blocks[0].attn.num_heads
+
+
+def test_tensors_of_another_model_than_the_config_are_refused() -> None:
+    state = seeded(bert_shapes("vit", **SMALL))
+    for config, words in [
+        ({"model_type": "vit", "hidden_size": 256}, r"states hidden_size 256, and the tensors show 128"),
+        ({"model_type": "vit", "num_hidden_layers": 3}, "num_hidden_layers 3, and the tensors show 2"),
+        ({"model_type": "vit", "image_size": [224, 224]}, "image_size 224, and the tensors show 32"),
+        ({"model_type": "dinov2"}, "its tensors are of another model"),
+        ({"model_type": "vit", "hidden_act": "tanh"}, "activation tanh"),
+        ({"model_type": "bert"}, "model_type bert; known are vit"),
+        ({}, "model_type None"),
+    ]:
+        with pytest.raises(WeightsError, match=words):
+            read_configured(state, config, source="x")
+    assert (
+        read_configured(state, {"model_type": "vit", "image_size": [32, 32]}, source="x").layout == "hf_vit"
+    )
+
+
+def test_unknown_tensors_are_left_over() -> None:
+    state = seeded(
+        bert_shapes("vit", **SMALL) | {"encoder.layer.0.attention.attention.relative_position": (3, 3)}
+    )
+    assert any("relative_position" in key for key in recognised(state).state)
