@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, NamedTuple, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import tyro
 from pydantic import Field
@@ -61,14 +61,6 @@ class ModelOptions(Config):
     def load(self, name: str, **options: Any) -> Teacher:
         """The model `name` with these options and further ones of `load_teacher`, such as seed and keep_head."""
         return load_teacher(name, **self.loading(), **options)
-
-
-class Outcome(NamedTuple):
-    """What a command found: plain numbers for `--json`, and the way to show them to a person."""
-
-    numbers: dict[str, Any]
-    show: Callable[[], None]
-    exit_code: int = 0
 
 
 def plugins(package: str) -> list[str]:

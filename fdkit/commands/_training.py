@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
-from fdkit.commands._command import Command, Outcome
+from fdkit.commands._command import Command
 from fdkit.commands._monitor import MonitorConfig, build_monitor
+from fdkit.commands._outcome import Outcome
 from fdkit.config import to_yaml
 from fdkit.data.loader import LoaderConfig, steps_per_epoch
 from fdkit.data.sources import ImageSource, open_source

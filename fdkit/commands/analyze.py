@@ -14,7 +14,6 @@ from fdkit.analysis.observe import Observed
 from fdkit.commands._command import (
     Command,
     ModelOptions,
-    Outcome,
     config_of,
     default_output,
     evaluation_images,
@@ -24,6 +23,7 @@ from fdkit.commands._command import (
     resolve,
     write_result,
 )
+from fdkit.commands._outcome import Outcome
 from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import open_source

@@ -13,7 +13,8 @@ from fdkit.analysis import attention_distance
 from fdkit.analysis.observe import Observed
 from fdkit.commands import distill as distill_command
 from fdkit.commands import pretrain as pretrain_command
-from fdkit.commands._command import Command, Outcome, evaluation_images, resolve, write_result
+from fdkit.commands._command import Command, evaluation_images, resolve, write_result
+from fdkit.commands._outcome import Outcome
 from fdkit.commands._story import Measured, Story, write_story
 from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig

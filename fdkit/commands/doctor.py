@@ -10,7 +10,8 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fdkit.commands._command import Command, ModelOptions, Outcome, write_result
+from fdkit.commands._command import Command, ModelOptions, write_result
+from fdkit.commands._outcome import Outcome
 from fdkit.config import Config, validate
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.teachers.diagnosis import Check, audit_summary, diagnose, golden_feature
@@ -73,9 +74,7 @@ def _stored(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} holds no stored features: {error}", "--record FILE writes one") from error
 
 
-def _numbers(
-    config: DoctorConfig, loaded: Loaded, teacher: Teacher, checks: list[Check]
-) -> dict[str, Any]:
+def _numbers(config: DoctorConfig, loaded: Loaded, teacher: Teacher, checks: list[Check]) -> dict[str, Any]:
     backbone = teacher.backbone
     return {
         "teacher": config.teacher,
@@ -119,7 +118,8 @@ def _show_identity(console: Console, numbers: dict[str, Any]) -> None:
     stated = numbers["preprocessing"]
     rows = {
         "source": numbers["source"],
-        "read as": numbers["read_as"] or ("fdkit's own format" if numbers["sha256"] else "nothing: random weights"),
+        "read as": numbers["read_as"]
+        or ("fdkit's own format" if numbers["sha256"] else "nothing: random weights"),
         "licence": numbers["license"] + (" (non-commercial)" if numbers["noncommercial"] else ""),
         "parameters": f"{numbers['parameters'] / 1e6:.1f} M",
         "tokens": f"{numbers['prefix_tokens']} prefix, then a patch every {numbers['patch_size']} px; "
@@ -137,7 +137,9 @@ def _show_identity(console: Console, numbers: dict[str, Any]) -> None:
 
 
 def _show_audit(console: Console, audit: dict[str, Any]) -> None:
-    table = Table(title="tensors of the file", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(
+        title="tensors of the file", title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     table.add_column(justify="right")
     if audit["used"]:
         table.add_row(str(audit["used"]), "used as they stand")
@@ -150,7 +152,9 @@ def _show_audit(console: Console, audit: dict[str, Any]) -> None:
         console.print()
     for change in audit.get("tensors", []):
         became = change["became"] or "left out"
-        console.print(f"  {change['key']} -> {became}" + (f"  ({change['reason']})" if change["reason"] else ""))
+        console.print(
+            f"  {change['key']} -> {became}" + (f"  ({change['reason']})" if change["reason"] else "")
+        )
 
 
 def _three(values: list[float]) -> str:

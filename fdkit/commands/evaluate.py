@@ -11,13 +11,13 @@ from rich.table import Table
 from fdkit.commands._command import (
     Command,
     ModelOptions,
-    Outcome,
     config_of,
     plugin,
     plugins,
     resolve,
     write_result,
 )
+from fdkit.commands._outcome import Outcome
 from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import open_source

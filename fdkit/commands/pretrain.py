@@ -5,7 +5,8 @@ from typing import Any, Literal, get_type_hints
 
 from pydantic import Field, create_model
 
-from fdkit.commands._command import Outcome, config_of, default_output, plugin, plugins, resolve
+from fdkit.commands._command import config_of, default_output, plugin, plugins, resolve
+from fdkit.commands._outcome import Outcome
 from fdkit.commands._training import TrainingCommand, run_training
 from fdkit.config import Config
 from fdkit.data.sources import ImageSource

@@ -4,7 +4,7 @@ Nothing here needs torch, which takes seconds to import.
 """
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -12,6 +12,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from fdkit.commands._outcome import Outcome
 from fdkit.config import Config
 from fdkit.errors import ConfigError
 from fdkit.teachers.catalog import Entry, Official, find, list_teachers
@@ -64,30 +65,22 @@ class TeachersConfig(Config):
     """Print one JSON document on standard output and nothing else there."""
 
 
-class Listing(NamedTuple):
-    """What the command found: plain numbers for `--json`, and the way to show them to a person."""
-
-    numbers: dict[str, Any]
-    show: Callable[[], None]
-    exit_code: int = 0
-
-
 def config_class() -> type[Config]:
     """The configuration of the command."""
     return TeachersConfig
 
 
-def run(config: TeachersConfig) -> Listing:
+def run(config: TeachersConfig) -> Outcome:
     """The teachers asked for; ConfigError for a name or family there is not, and for a name with filters."""
     if config.name is None:
         known = list_teachers(family=config.family, license=config.license)
         entries = [entry for entry in known if _mentions(entry, config.search or "")]
-        return Listing(_numbers(entries), lambda: _show_list(entries))
+        return Outcome(_numbers(entries), lambda: _show_list(entries))
     for option in ("family", "license", "search"):
         if getattr(config, option) is not None:
             raise ConfigError(f"--{option} filters the list, and {config.name} names one teacher: give one")
     entry = find(config.name)
-    return Listing(_numbers([entry]), lambda: _show_one(entry))
+    return Outcome(_numbers([entry]), lambda: _show_one(entry))
 
 
 def _mentions(entry: Entry, text: str) -> bool:

@@ -44,9 +44,9 @@ def build_timm(
     name: a timm model, with or without a weights tag (the tag decides the default preprocessing).
     model_args: arguments of the model, such as `img_size`, `patch_size`, `drop_path_rate`, `num_classes`.
         `img_size` for a network that takes any size sets the preprocessing alone. EXTRA_ARGS are plain data for
-        what timm takes as objects or not at all: `layer_norm_eps` of every LayerNorm, `stem` ("conv", MoCo v3's convolutions in place
-        of the patch projection), `final_norm` (False: the network ends without a norm), `rope_periods` (of rotary
-        positions, as a file states them).
+        what timm takes as objects or not at all: `layer_norm_eps` of every LayerNorm, `stem` ("conv", MoCo v3's
+        convolutions in place of the patch projection), `final_norm` (False: the network ends without a norm),
+        `rope_periods` (of rotary positions, as a file states them).
     preprocessing: None means what timm states for these weights.
     keep_head: keep the classifier timm states for these weights; without it, and without `num_classes`,
         the network has none.

@@ -108,9 +108,7 @@ def _network_of(reading: Reading, row: Entry | None, architecture: str | None, s
     return with_preprocessing(backbone, changes)
 
 
-def _load_by_library(
-    state: State, request: Request, architecture: str, *, source: str
-) -> Loaded:
+def _load_by_library(state: State, request: Request, architecture: str, *, source: str) -> Loaded:
     """A file that only the named architecture explains, through timm's or open_clip's own conversion."""
     with WithoutRandomInit():
         if architecture.startswith("open_clip:"):
@@ -128,9 +126,7 @@ def _load_by_library(
 def describe(reading: Reading) -> str:
     """What a file is, in words: its layout and the sizes its tensors show."""
     args = reading.network.model_args
-    words = [
-        f"{args[key]} {word}" for key, word in (("embed_dim", "wide"), ("depth", "deep")) if key in args
-    ]
+    words = [f"{args[key]} {word}" for key, word in (("embed_dim", "wide"), ("depth", "deep")) if key in args]
     words += [f"patch {args['patch_size']}"] if "patch_size" in args else []
     words += [f"{args['img_size']} px"] if "img_size" in args else []
     return f"{reading.title}, {reading.network.architecture.partition('_')[0]} " + ", ".join(words)

@@ -176,7 +176,9 @@ def _check_spread(tokens: Tokens) -> list[Check]:
     for name, rows in vectors.items():
         spread = _spread(rows)
         status: Literal["ok", "wrong"] = "ok" if spread > MIN_SPREAD else "wrong"
-        remedy = "" if status == "ok" else "the features hardly depend on the image: the weights are not its own"
+        remedy = (
+            "" if status == "ok" else "the features hardly depend on the image: the weights are not its own"
+        )
         checks.append(Check(f"tells {name} apart", status, f"spread {spread:.2g} of the length", remedy))
     patches = tokens.patches.flatten(0, 1)
     centred = patches - patches.mean(dim=0)
@@ -193,13 +195,13 @@ def _spread(rows: Tensor) -> float:
     return float(distance / rows.norm(dim=1).mean().clamp_min(1e-30))
 
 
-def _check_golden(
-    loaded: Loaded, teacher: Teacher, golden: Mapping[str, Any], device: torch.device
-) -> Check:
+def _check_golden(loaded: Loaded, teacher: Teacher, golden: Mapping[str, Any], device: torch.device) -> Check:
     stored = golden.get(loaded.sha256 or "")
     if stored is None or stored["image_size"] != teacher.image_size:
         detail = "no stored feature for these weights" + (" at this image size" if stored else "")
-        return Check("golden feature", "note", detail, "--record FILE stores one, --golden FILE compares with it")
+        return Check(
+            "golden feature", "note", detail, "--record FILE stores one, --golden FILE compares with it"
+        )
     found = golden_feature(teacher, device)
     worst = max(
         float((_tensor(found[key]) - _tensor(stored[key])).norm() / _tensor(stored[key]).norm())
@@ -221,7 +223,9 @@ def _tensor(rows: list[list[float]]) -> Tensor:
 
 def _check_license(loaded: Loaded) -> Check:
     if loaded.is_noncommercial:
-        return Check("licence", "note", f"{loaded.license}: non-commercial, and so is what is distilled from it")
+        return Check(
+            "licence", "note", f"{loaded.license}: non-commercial, and so is what is distilled from it"
+        )
     if loaded.license == "unstated":
         return Check("licence", "note", "unstated: find out before you publish what is distilled from it")
     return Check("licence", "ok", loaded.license)

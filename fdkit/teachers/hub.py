@@ -14,18 +14,18 @@ from urllib.parse import unquote, urlsplit
 
 from fdkit.errors import ConfigError, ResourceError, WeightsError
 from fdkit.teachers.files import verify
+from fdkit.teachers.huggingface_folder import (
+    CARD,
+    CONFIG,
+    OPEN_CLIP_CONFIG,
+    PREPROCESSOR,
+    WEIGHTS,
+    library_of,
+)
 
 logger = logging.getLogger("fdkit")
 
 _CONNECT_SECONDS = 5.0
-_CARDS = ("open_clip_config.json", "preprocessor_config.json", "README.md")
-"""Files of a repository beside config.json and its weights that say what the weights are."""
-_WEIGHTS = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
-)
 _ANY_FILE = re.compile(
     r"(checkpoint|ckpt|model|pytorch|weights|best|last|latest|final|teacher|student|[-_.\d])+"
 )
@@ -93,12 +93,11 @@ def fetch_repo(repo: str, revision: str = "main") -> Path:
             f"hf:{repo} is not the name of a repository", hint="write hf:ORG/REPO or hf:ORG/REPO@REVISION"
         )
     missing = _Missing(f"hf:{repo}@{revision}", "ARCH")
-    config = _from_hub(repo, ["config.json", "open_clip_config.json"], missing, revision)
-    commit = config.parent.name
-    _from_hub(repo, list(_WEIGHTS), missing, commit)
-    for card in _CARDS:
-        _optional(repo, card, commit)
-    return config.parent
+    folder = _from_hub(repo, [CONFIG, OPEN_CLIP_CONFIG], missing, revision).parent
+    for file in (OPEN_CLIP_CONFIG, PREPROCESSOR, CARD):
+        _bring_if_there(repo, file, missing, folder.name)
+    _from_hub(repo, list(WEIGHTS[library_of(folder)]), missing, folder.name)
+    return folder
 
 
 def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str = "main") -> Path:
@@ -115,8 +114,8 @@ def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str = 
     if reason := _why_unreachable():
         raise missing.error(reason)
     for file in files:
+        logger.info("downloading %s of %s", file, repo)
         try:
-            logger.info("downloading %s of %s", file, repo)
             return Path(hf_hub_download(repo, file, revision=revision, etag_timeout=_CONNECT_SECONDS))
         except LocalEntryNotFoundError as error:
             raise missing.error("the hub does not answer") from error
@@ -127,19 +126,23 @@ def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str = 
     raise missing.error(f"{repo} has neither {' nor '.join(files)}")
 
 
-def _optional(repo: str, file: str, commit: str) -> None:
-    """Brings a file that a repository may not have; what is in the cache, or known there to be missing, is enough."""
+def _bring_if_there(repo: str, file: str, missing: "_Missing", commit: str) -> None:
+    """Brings a file that a repository may not have; the cache knows of files that were looked for in vain."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    if try_to_load_from_cache(repo, file, revision=commit) is not None or _why_unreachable():
+    if try_to_load_from_cache(repo, file, revision=commit) is not None:
         return
     try:
         hf_hub_download(repo, file, revision=commit, etag_timeout=_CONNECT_SECONDS)
+    except LocalEntryNotFoundError as error:
+        raise missing._replace(address=f"all of {repo}").error(
+            f"whether it has {file} is not known"
+        ) from error
     except EntryNotFoundError:
         return
     except OSError as error:
-        logger.warning("%s of %s could not be had: %s", file, repo, _first_line(error))
+        raise _hub_refusal(repo, error, missing) from error
 
 
 def _hub_refusal(repo: str, error: Exception, missing: "_Missing") -> Exception:

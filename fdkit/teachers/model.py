@@ -18,8 +18,8 @@ from fdkit.teachers.checkpoint_file import load_file
 from fdkit.teachers.files import read_file, sha256_of
 from fdkit.teachers.hub import fetch_official, fetch_open_clip, fetch_timm
 from fdkit.teachers.licensing import UNSTATED, forbids_commerce, terms_of_run
-from fdkit.teachers.official._layout import state_in
 from fdkit.teachers.official import positions
+from fdkit.teachers.official._layout import state_in
 from fdkit.teachers.request import Loaded, Request
 from fdkit.teachers.weights import WithoutRandomInit, check_finite, fit_library
 
@@ -81,9 +81,7 @@ def _load_named(request: Request) -> Loaded:
     with WithoutRandomInit() if request.pretrained else nullcontext():
         backbone = _build_named(library, name, request, entry)
     license = entry.license if entry else _timm_license(name) if library == "timm" else UNSTATED
-    loaded = Loaded(
-        backbone, f"{library}:{name}", license, is_noncommercial=forbids_commerce(license)
-    )
+    loaded = Loaded(backbone, f"{library}:{name}", license, is_noncommercial=forbids_commerce(license))
     if not request.pretrained:
         return _with_random_weights(loaded, request.name)
     path = fetch_timm(name) if library == "timm" else fetch_open_clip(*name.split("/"))
@@ -124,7 +122,8 @@ def _load_official(entry: Entry, request: Request) -> Loaded:
     if not official.url:
         raise WeightsError(
             f"{entry.name}: its file has no address that can be fetched",
-            hint=f"get it from {official.page}" + (f" ({entry.note})" if entry.note else "")
+            hint=f"get it from {official.page}"
+            + (f" ({entry.note})" if entry.note else "")
             + f", then give the file with --arch {entry.name}",
         )
     path = fetch_official(official.url, sha256=official.sha256, name=entry.name)
@@ -155,9 +154,7 @@ def _load_run(folder: Path, request: Request) -> Loaded:
             f"image size {request.image_size}: the model of {folder} takes {backbone.image_size} pixels"
         )
     terms = terms_of_run(folder)
-    return Loaded(
-        backbone, str(folder.absolute()), terms.license, sha256_of(weights), terms.is_noncommercial
-    )
+    return Loaded(backbone, str(folder.absolute()), terms.license, sha256_of(weights), terms.is_noncommercial)
 
 
 def _load_demo(request: Request) -> Loaded:

@@ -122,5 +122,7 @@ def test_a_tensor_that_no_rule_names(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_lost_final_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = saved(tmp_path / "x.pth", {key: value for key, value in vit().items() if not key.startswith("norm.")})
+    path = saved(
+        tmp_path / "x.pth", {key: value for key, value in vit().items() if not key.startswith("norm.")}
+    )
     assert "norm.weight" in refused(path, capsys=capsys)

@@ -28,7 +28,9 @@ def mocov3_file(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint.pth.tar"
 
 
-def test_the_embedded_teacher_is_trusted_and_equals_its_stored_feature(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_teacher_is_trusted_and_equals_its_stored_feature(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code, out, _ = doctor("demo", capsys=capsys)
     assert code == 0
     assert "demo: nothing found that speaks against it" in out
@@ -40,13 +42,17 @@ def test_the_embedded_teacher_is_trusted_and_equals_its_stored_feature(capsys: p
 
 
 def test_random_weights_give_code_4(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = doctor("timm:vit_tiny_patch16_224", "--pretrained", "false", "--image-size", "32", capsys=capsys)
+    code, out, err = doctor(
+        "timm:vit_tiny_patch16_224", "--pretrained", "false", "--image-size", "32", capsys=capsys
+    )
     assert code == 4
     assert "NOT to be trusted: weights" in out
     assert "RANDOM WEIGHTS" in err
 
 
-def test_every_tensor_of_an_official_file_is_listed(mocov3_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_tensor_of_an_official_file_is_listed(
+    mocov3_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = doctor(str(mocov3_file), "--keys", "--json", capsys=capsys)
     numbers = json.loads(out)
     assert code == 0
@@ -73,7 +79,7 @@ def test_a_recorded_feature_is_compared_on_the_next_visit(
     assert check()["status"] == "ok"
     wrong = check("--mean", "0.3", "0.3", "0.3")
     assert wrong["status"] == "wrong"
-    code, out, _ = doctor("demo", "--golden", str(tmp_path / "none.json"), capsys=capsys)
+    code, _, _ = doctor("demo", "--golden", str(tmp_path / "none.json"), capsys=capsys)
     assert code == 2
 
 

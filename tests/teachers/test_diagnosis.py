@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 
 def trained_vit() -> Backbone:
     """A small ViT whose every parameter has left its initial value."""
-    backbone = build_timm("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 48})
+    backbone = build_timm(
+        "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 48}
+    )
     generator = torch.Generator().manual_seed(1)
     for parameter in backbone.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -105,7 +107,7 @@ def test_assumptions_audit_and_licences_are_told() -> None:
 def test_built_in_images_are_images_and_differ() -> None:
     images = built_in_images(40)
     assert images.shape == (6, 3, 40, 40)
-    assert 0 <= images.min()
+    assert images.min() >= 0
     assert images.max() <= 1
     distances = torch.cdist(images.flatten(1), images.flatten(1)) + 100 * torch.eye(6)
     assert distances.min() > 5

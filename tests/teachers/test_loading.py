@@ -9,8 +9,8 @@ import torch
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.models.libraries import build_timm, save_backbone
 from fdkit.teachers import building, model
-from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.files import sha256_of
+from fdkit.teachers.loading import load_teacher
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -128,7 +128,7 @@ def test_missing_final_norm_and_nan_are_refused(tmp_path: Path, small_vit: torch
         load_teacher(str(tmp_path / "y.pth"))
     state = {k: v for k, v in state.items() if "fc1" not in k} | {"blocks.0.extra": torch.zeros(1)}
     torch.save(state, tmp_path / "z.pth")
-    with pytest.raises(WeightsError, match="cannot tell what .*z.pth is") as raised:
+    with pytest.raises(WeightsError, match=r"cannot tell what .*z\.pth is") as raised:
         load_teacher(str(tmp_path / "z.pth"))
     assert "nearest known layout" in raised.value.hint
     assert "cls_token (1, 1, 192)" in raised.value.message

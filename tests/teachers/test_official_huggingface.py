@@ -422,9 +422,10 @@ def test_siglip() -> None:
 
 
 def meta(shapes: Shapes) -> State:
-    """Tensors without values, but for position tables, whose values are looked at."""
+    """Tensors without values, but for positions and class tokens, whose values are looked at."""
+    seen = ("position", "cls_token")
     return {
-        key: torch.zeros(shape, device="cpu" if "position" in key else "meta")
+        key: torch.zeros(shape, device="cpu" if any(word in key for word in seen) else "meta")
         for key, shape in shapes.items()
     }
 
@@ -456,10 +457,10 @@ def test_real_sizes_fit_timms_model_to_the_last_tensor(name: str) -> None:
     state = meta(shapes)
     matching = [known.name for known in LAYOUTS if known.prefix_in(state, None) is not None]
     assert matching == [layout]
+    reading = recognised(state, architecture=name if layout == "hf_clip" else None)
+    network = reading.network
+    args = {**network.assumed_args, **network.model_args}
     with torch.device("meta"):
-        reading = recognised(state, architecture=name if layout == "hf_clip" else None)
-        network = reading.network
-        args = {**network.assumed_args, **network.model_args}
         built = build_timm(network.architecture, args).network.state_dict()
         own = timm.create_model(name, num_classes=0)
     expected = {key: tuple(value.shape) for key, value in own.state_dict().items()}

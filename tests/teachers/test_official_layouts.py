@@ -38,7 +38,10 @@ BARE = ("patch.weight", "layers.0.weight", "head.weight")
         (tensors(*BARE), ""),
         ({"model": tensors(*BARE), "epoch": 3}, ""),
         ({"state_dict": tensors(*(f"module.{name}" for name in BARE)), "optimizer": {}}, ""),
-        ({"student": tensors("patch.weight"), "teacher": tensors(*(f"backbone.{n}" for n in BARE))}, "backbone."),
+        (
+            {"student": tensors("patch.weight"), "teacher": tensors(*(f"backbone.{n}" for n in BARE))},
+            "backbone.",
+        ),
     ],
 )
 def test_wrappers_come_off_and_every_tensor_is_accounted_for(content: dict[str, Any], origin: str) -> None:
@@ -95,9 +98,12 @@ def test_forbidden_and_missing_tensors_and_a_further_look_keep_a_layout_away() -
         ({"state": {0: {}}, "param_groups": [{"params": [0]}]}, "state of an optimiser alone"),
         ([1, 2], "it is a list"),
         ({"note": "hello", 3: 4}, "its keys are note, 3"),
-        ({"state_dict": {"module.linear.weight": torch.ones(5, 4), "module.linear.bias": torch.ones(5)}}, "no backbone"),
+        ({"state_dict": tensors("module.linear.weight", "module.linear.bias")}, "no backbone"),
         (tensors(*BARE, "head.0.running_mean", "head.1.weight"), "file of a linear probe"),
-        ({"state_dict": tensors(*BARE), "optimizer": {"param_groups": [{"params": [0, 1]}]}}, "of a linear probe"),
+        (
+            {"state_dict": tensors(*BARE), "optimizer": {"param_groups": [{"params": [0, 1]}]}},
+            "of a linear probe",
+        ),
     ],
 )
 def test_files_that_hold_no_backbone_say_what_they_are(content: Any, words: str) -> None:

@@ -12,7 +12,13 @@ SMALL = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 
 
 def test_only_rules_drop_and_never_what_the_network_has() -> None:
-    dropped = ("head.weight", "head.mlp.0.bias", "fc.bias", "decoder_blocks.0.norm1.weight", "decoder_pos_embed")
+    dropped = (
+        "head.weight",
+        "head.mlp.0.bias",
+        "fc.bias",
+        "decoder_blocks.0.norm1.weight",
+        "decoder_pos_embed",
+    )
     dropped += ("decoder.0.weight", "mask_token", "blocks.0.attn.relative_position_index", "head_dist.bias")
     kept = ("head.norm.weight", "norm.weight", "fc_norm.weight", "header.weight", "blocks.0.mlp.fc1.weight")
     kept += ("predictor.0.weight", "queue")
@@ -68,14 +74,15 @@ def test_a_library_file_is_accounted_for() -> None:
 
 
 def test_names_timm_changes_are_followed() -> None:
-    network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, embed_dim=24, depths=(1, 1), num_heads=(1, 2))
-    state = {("head.weight" if key == "head.fc.weight" else key): value for key, value in network.state_dict().items()}
-    state = {key.replace("head.fc.bias", "head.bias"): value for key, value in state.items()}
     args = {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2)}
+    network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **args)
+    state = {key.replace("head.fc.", "head."): value for key, value in network.state_dict().items()}
     backbone = build_timm("swin_tiny_patch4_window7_224", args)
     changes = {change.key: change for change in fit_library(backbone, state, source="x")}
     assert changes["head.weight"].became is None
-    assert {change.became for change in changes.values() if change.became} == backbone.network.state_dict().keys()
+    assert {
+        change.became for change in changes.values() if change.became
+    } == backbone.network.state_dict().keys()
 
 
 def test_a_crash_of_the_conversion_is_told_as_a_misfit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class Network(NamedTuple):
     """A timm model."""
     model_args: dict[str, Any]
     """Plain data: what the tensors show of it, such as depth and patch size, or the layout implies."""
-    assumed_args: dict[str, Any] = {}
+    assumed_args: Mapping[str, Any] = MappingProxyType({})
     """What they do not show and was taken, such as the number of heads; an architecture that is named decides it."""
     assumption: str = ""
     """The same in words, for the reader of the log; empty if nothing was assumed."""
@@ -273,7 +274,9 @@ def _containers(content: Any) -> dict[str, State]:
     if not isinstance(content, Mapping):
         return {}
     flat = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    found = {"": flat} if flat and not any(isinstance(content.get(key), Mapping) for key in _CONTAINERS) else {}
+    found = (
+        {"": flat} if flat and not any(isinstance(content.get(key), Mapping) for key in _CONTAINERS) else {}
+    )
     for key, value in content.items():
         if isinstance(value, Mapping) and key not in ("optimizer", "scaler", "dino_loss", "args"):
             tensors = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
@@ -333,8 +336,12 @@ def nearest(state: Mapping[str, Tensor], layouts: Iterable[Layout]) -> str:
             share = 1 - len(missing) / len(layout.requires) if missing else 0.8
             if share > best_share:
                 best_share = share
-                lacking = f", but without {', '.join(pattern.replace(chr(92), '') for pattern in missing[:3])}"
-                best = layout.title + (lacking if missing else ", but of other sizes or with tensors it has not")
+                lacking = (
+                    f", but without {', '.join(pattern.replace(chr(92), '') for pattern in missing[:3])}"
+                )
+                best = layout.title + (
+                    lacking if missing else ", but of other sizes or with tensors it has not"
+                )
     return best or "none"
 
 

@@ -428,7 +428,7 @@ def read_configured(content: Any, config: Config, *, source: str) -> Reading:
             hint="give timm's or open_clip's copy of the same weights",
         )
     state = state_in(content, source=source)
-    prefix = family.layout.prefix_in(state, None)
+    prefix = family.layout._replace(shows=lambda state: True).prefix_in(state, None)
     if prefix is None:
         raise WeightsError(f"{source}: config.json says {model_type}, and its tensors are of another model")
     conversion = Conversion(state)
