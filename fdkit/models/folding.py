@@ -51,14 +51,16 @@ class PixelConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """What the convolution gives for the normalised images; input (B, 3, H, W), RGB in [0, 1]."""
-        if self.weight.dtype.itemsize < 4 or torch.is_autocast_enabled(input.device.type):
+        kind = input.device.type
+        is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if self.weight.dtype.itemsize < 4 or is_autocast:
             return super().forward(self.statistics(input).to(self.weight.dtype))
         weight = self.weight / self.statistics.std
         shift = (weight.sum(dim=(2, 3)) * self.statistics.mean.flatten()).sum(dim=1)
         return self._conv_forward(input, weight, -shift if self.bias is None else self.bias - shift)
 
 
-def fold(network: nn.Module, statistics: Statistics) -> bool:
+def fold(network: Any, statistics: Statistics) -> bool:
     """Lets the network read images in [0, 1], in place, where that is exact; False, and nothing changed, elsewhere.
 
     network: of timm or open_clip; it must not be folded already.
@@ -91,7 +93,7 @@ def _pixel_convolution(network: Any) -> Any:
     if isinstance(network, ConvNeXt):
         return network.stem[0]
     for name in ("patch_embed", "stem"):
-        embed = getattr(network, name, None)
+        embed: Any = getattr(network, name, None)
         if type(embed) is PatchEmbed and not embed.dynamic_img_pad:
             return embed.proj
     return None

@@ -18,8 +18,9 @@ from fdkit.teachers.building import (
     refuse_wrong_activation,
     with_preprocessing,
 )
-from fdkit.teachers.catalog import CATALOG, Entry
+from fdkit.teachers.catalog import CATALOG, Entry, Official
 from fdkit.teachers.files import read_file, sha256_of, verify
+from fdkit.teachers.hub import file_name
 from fdkit.teachers.official import LAYOUTS, Change, Network, Reading
 from fdkit.teachers.official._layout import Grid, State, match, nearest, refuse_linear_probe, state_in
 from fdkit.teachers.official.bias_tables import window_of
@@ -45,20 +46,22 @@ def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
     row = row or CATALOG.get(request.architecture or "")
     content = read_file(path)
     digest = sha256_of(path)
-    for known in [row] if row else [entry for entry in CATALOG.values() if _is_file_of(entry, path)]:
-        if known.official is not None and known.official.sha256 and _is_file_of(known, path):
-            verify(path, known.official.sha256, found=digest)
+    for entry in CATALOG.values():
+        if entry.official is not None and _is_file_of(entry.official, path) and row in (None, entry):
+            _verify(path, entry.official)
     state = state_in(content, source=str(path), checkpoint_key=request.checkpoint_key)
     refuse_linear_probe(content, state, source=str(path))
     architecture = _architecture(request, row, path)
     reads_by_library = architecture is not None and (
-        request.keep_head
-        or architecture.startswith("open_clip:")
-        or any(key.startswith("visual.") for key in state)
+        request.keep_head or architecture.startswith("open_clip:")
     )
-    reading = None if reads_by_library else match(state, LAYOUTS, checkpoint_key=request.checkpoint_key)
+    reading = None
+    if not reads_by_library:
+        reading = match(
+            state, LAYOUTS, checkpoint_key=request.checkpoint_key, architecture=architecture
+        )
     if reading is not None:
-        loaded = _load_reading(reading, request, row, architecture, source=str(path))
+        loaded = load_reading(reading, request, row, architecture, source=str(path))
     elif architecture is not None:
         loaded = _load_by_library(state, request, architecture, source=str(path))
     else:
@@ -69,7 +72,7 @@ def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
     return loaded._replace(sha256=digest)
 
 
-def _load_reading(
+def load_reading(
     reading: Reading, request: Request, row: Entry | None, architecture: str | None, *, source: str
 ) -> Loaded:
     """A recognised file in its network; what it is said to be must agree with what it is."""
@@ -153,14 +156,24 @@ def _named_after(path: Path) -> str | None:
     return path.stem if is_known else path.stem.partition(".")[0]
 
 
-def _is_file_of(entry: Entry, path: Path) -> bool:
-    """Whether a file has the name of an entry's official file."""
-    return entry.official is not None and entry.official.url.rpartition("/")[2] == path.name
+def _is_file_of(official: Official, path: Path) -> bool:
+    """Whether a file has the name of an official one; names such as checkpoint_best.pth are anybody's."""
+    return bool(official.url) and file_name(official.url) == path.name
+
+
+def _verify(path: Path, official: Official) -> None:
+    """Refuses a file that has the name of an official one and not its checksum, where one is published."""
+    if official.sha256:
+        verify(path, official.sha256)
+    if official.md5:
+        verify(path, official.md5, algorithm="md5")
 
 
 def _refuse_other_layout(reading: Reading, row: Entry | None, *, source: str) -> None:
     if row is None or row.official is None or reading.layout == row.official.layout:
         return
+    if reading.layout.startswith("hf_"):
+        return  # transformers' own names say nothing of the family, and its sizes are checked
     if reading.layout in UNSIGNED and row.official.layout in SIGNED_BY_NAME:
         return
     raise WeightsError(

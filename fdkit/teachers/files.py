@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -70,29 +70,33 @@ def read_file(path: Path) -> Any:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex; a file that did not change since is not read again."""
-    status = path.stat()
-    return _digest(path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
+    return _digest_of(path, "sha256")
 
 
-def verify(path: Path, sha256: str, *, found: str | None = None) -> None:
+def verify(path: Path, published: str, *, algorithm: Literal["sha256", "md5"] = "sha256") -> None:
     """Refuses a file that is not the published one.
 
-    sha256: the published SHA-256 in hex, or its first digits as torch's hub writes them into file names.
-    found: the file's own, where it is known already.
+    published: its digest in hex, or the first digits as torch's hub writes them into file names.
     Raises WeightsError naming both.
     """
-    found = found or sha256_of(path)
-    if not sha256 or not found.startswith(sha256.lower()):
+    found = _digest_of(path, algorithm)
+    if not published or not found.startswith(published.lower()):
+        name = {"sha256": "SHA-256", "md5": "MD5"}[algorithm]
         raise WeightsError(
-            f"wrong checksum: {path} ({path.stat().st_size} bytes) has SHA-256 {found}, the published one is {sha256}",
+            f"wrong checksum: {path} ({path.stat().st_size} bytes) has {name} {found}, the published one is {published}",
             hint="the file is damaged, changed or another one: delete it and get it again from its source",
         )
 
 
+def _digest_of(path: Path, algorithm: str) -> str:
+    status = path.stat()
+    return _digest(path.absolute(), algorithm, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 @lru_cache(maxsize=64)
-def _digest(path: Path, inode: int, size: int, modified_ns: int) -> str:
+def _digest(path: Path, algorithm: str, inode: int, size: int, modified_ns: int) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import logging
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -88,16 +88,32 @@ def fetch_repo(repo: str, revision: str = "main") -> Path:
     Raises ConfigError for what is no repository's name, WeightsError if it has no model, or is neither cached nor
     reachable.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise ConfigError(
-            f"hf:{repo} is not the name of a repository", hint="write hf:ORG/REPO or hf:ORG/REPO@REVISION"
-        )
+    _check_repo_name(repo)
     missing = _Missing(f"hf:{repo}@{revision}", "ARCH")
     folder = _from_hub(repo, [CONFIG, OPEN_CLIP_CONFIG], missing, revision).parent
-    for file in (OPEN_CLIP_CONFIG, PREPROCESSOR, CARD):
-        _bring_if_there(repo, file, missing, folder.name)
-    _from_hub(repo, list(WEIGHTS[library_of(folder)]), missing, folder.name)
+    for file in (OPEN_CLIP_CONFIG, CARD):
+        if unknown := _bring_if_there(repo, file, missing, folder.name):
+            logger.info("whether hf:%s has a %s is not known: %s", repo, file, unknown)
+    library = library_of(folder)
+    if library == "transformers" and (unknown := _bring_if_there(repo, PREPROCESSOR, missing, folder.name)):
+        raise missing._replace(address=f"all of hf:{repo}").error(f"whether it has {PREPROCESSOR}: {unknown}")
+    _from_hub(repo, list(WEIGHTS[library]), missing, folder.name)
     return folder
+
+
+def _check_repo_name(repo: str) -> None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    hint = "write hf:ORG/REPO or hf:ORG/REPO@REVISION"
+    if repo.count("/") != 1:
+        raise ConfigError(f"hf:{repo} is not the name of a repository", hint=hint)
+    try:
+        try_to_load_from_cache(repo, CONFIG)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"hf:{repo} is not the name of a repository: {_first_line(error)}", hint=hint
+        ) from error
 
 
 def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str = "main") -> Path:
@@ -126,23 +142,22 @@ def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str = 
     raise missing.error(f"{repo} has neither {' nor '.join(files)}")
 
 
-def _bring_if_there(repo: str, file: str, missing: "_Missing", commit: str) -> None:
-    """Brings a file that a repository may not have; the cache knows of files that were looked for in vain."""
+def _bring_if_there(repo: str, file: str, missing: "_Missing", commit: str) -> str:
+    """Brings a file that a repository may not have, as the cache may know; why that cannot be asked, or nothing."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     if try_to_load_from_cache(repo, file, revision=commit) is not None:
-        return
+        return ""
+    if reason := _why_unreachable():
+        return reason
     try:
         hf_hub_download(repo, file, revision=commit, etag_timeout=_CONNECT_SECONDS)
-    except LocalEntryNotFoundError as error:
-        raise missing._replace(address=f"all of {repo}").error(
-            f"whether it has {file} is not known"
-        ) from error
-    except EntryNotFoundError:
-        return
+    except EntryNotFoundError as error:
+        return _first_line(error) if isinstance(error, OSError) else ""
     except OSError as error:
         raise _hub_refusal(repo, error, missing) from error
+    return ""
 
 
 def _hub_refusal(repo: str, error: Exception, missing: "_Missing") -> Exception:
@@ -201,7 +216,7 @@ def file_name(url: str) -> str:
     says nothing, as checkpoint_best.pth does. WeightsError if the address names no file.
     """
     address = urlsplit(url)
-    name = PurePosixPath(unquote(address.path)).name
+    name = unquote(address.path).rpartition("/")[2]
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name):
         raise WeightsError(f"the address {url or '(none)'} names no file of weights")
     stem, dot, suffix = name.partition(".")

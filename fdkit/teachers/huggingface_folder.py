@@ -6,7 +6,9 @@ transformers' (config.json with `model_type`); a repository may be two at once, 
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from fdkit.errors import WeightsError, did_you_mean
@@ -50,7 +52,7 @@ class FolderModel(NamedTuple):
     interpolation: Literal["bilinear", "bicubic"] | None = None
     license: str = "unstated"
     """By the card: an SPDX name where there is one."""
-    config: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default is never changed
+    config: Mapping[str, Any] = MappingProxyType({})
     """The whole config.json of a transformers model."""
 
 

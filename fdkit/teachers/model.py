@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fdkit.errors import ConfigError, WeightsError, did_you_mean
 from fdkit.models.backbone import Backbone
-from fdkit.models.libraries import load_backbone
+from fdkit.models.libraries import build_open_clip, load_backbone
 from fdkit.teachers.building import (
     build_open_clip_teacher,
     build_teacher,
@@ -14,9 +14,10 @@ from fdkit.teachers.building import (
     with_preprocessing,
 )
 from fdkit.teachers.catalog import CATALOG, Entry
-from fdkit.teachers.checkpoint_file import load_file
+from fdkit.teachers.checkpoint_file import load_file, load_reading
 from fdkit.teachers.files import read_file, sha256_of
-from fdkit.teachers.hub import fetch_official, fetch_open_clip, fetch_timm
+from fdkit.teachers.hub import fetch_official, fetch_open_clip, fetch_repo, fetch_timm
+from fdkit.teachers.huggingface_folder import FolderModel, is_model_folder, read_folder, read_transformers
 from fdkit.teachers.licensing import UNSTATED, forbids_commerce, terms_of_run
 from fdkit.teachers.official import positions
 from fdkit.teachers.official._layout import state_in
@@ -54,8 +55,12 @@ def load_model(request: Request) -> Loaded:
         raise ConfigError(f"{request.name} stands for its weights, so it cannot be built without them")
     if request.name == "demo":
         return _load_demo(request)
+    if kind == "hf":
+        repo, _, revision = rest.partition("@")
+        return _load_folder(fetch_repo(repo, revision or "main"), request)._replace(source=request.name)
     if path.is_dir():
-        return _load_run(path, request)
+        is_run = (path / RUN_WEIGHTS).is_file() or not is_model_folder(path)
+        return _load_run(path, request) if is_run else _load_folder(path.absolute(), request)
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
         if path.name == RUN_WEIGHTS and path.with_suffix(".json").is_file():
             return _load_run(path.parent, request)
@@ -65,8 +70,8 @@ def load_model(request: Request) -> Loaded:
     raise ConfigError(
         f"unknown model {request.name}",
         hint=did_you_mean(request.name, CATALOG)
-        or "a model is a short name (see `fdkit teachers`), timm:NAME, open_clip:ARCH/TAG, a file of weights, "
-        "a run folder, or demo",
+        or "a model is a short name (see `fdkit teachers`), timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a file of "
+        "weights, a run folder, or demo",
     )
 
 
@@ -135,6 +140,37 @@ def _with_random_weights(loaded: Loaded, name: str) -> Loaded:
     """Said loudly; no licence of the weights binds what has none of them."""
     logger.warning("RANDOM WEIGHTS: %s is built without its pretrained weights", name)
     return loaded._replace(is_noncommercial=False)
+
+
+def _load_folder(folder: Path, request: Request) -> Loaded:
+    """The model of a folder as the Hugging Face hub keeps them, with the preprocessing and licence it states."""
+    if request.architecture:
+        raise ConfigError(f"an architecture is for a file of weights, and {request.name} states its own")
+    model = read_folder(folder)
+    source = str(model.weights)
+    if model.library == "transformers":
+        loaded = load_reading(read_transformers(model), request, None, None, source=source)
+    else:
+        with WithoutRandomInit():
+            backbone = _build_folder(model, request)
+        stated = {"mean": model.mean, "std": model.std, "interpolation": model.interpolation}
+        backbone = with_preprocessing(backbone, {key: value for key, value in stated.items() if value})
+        audit = fit_library(backbone, state_in(read_file(model.weights), source=source), source=source)
+        loaded = Loaded(backbone, source, audit=audit, layout=f"{model.library}'s own file")
+    return loaded._replace(
+        license=model.license,
+        is_noncommercial=forbids_commerce(model.license),
+        sha256=sha256_of(model.weights),
+    )
+
+
+def _build_folder(model: FolderModel, request: Request) -> Backbone:
+    """The network of a timm or open_clip folder, without weights of its own."""
+    size = request.image_size
+    if model.library == "timm":
+        return build_teacher(model.architecture, size, model.model_args, keep_head=request.keep_head)
+    args = model.model_args | ({"image_size": size} if size else {})
+    return build_open_clip(model.architecture, args)
 
 
 def _load_run(folder: Path, request: Request) -> Loaded:

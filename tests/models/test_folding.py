@@ -193,6 +193,12 @@ def test_in_half_precision_images_are_normalised_before_they_are_rounded(family:
     assert conv.statistics.mean.dtype == torch.float32
 
 
+def test_shapes_are_told_without_memory() -> None:
+    backbone = FOLDABLE["vit"]().eval()
+    backbone.fold_statistics()
+    assert backbone.to("meta")(_images(backbone).to("meta")).patches.shape == (2, 9, 24)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler on a CPU"

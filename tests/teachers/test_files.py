@@ -207,5 +207,6 @@ def test_a_wrong_checksum_names_both_and_what_to_do(tmp_path: Path) -> None:
             verify(path, wrong)
         assert raised.value.message.endswith(f"the published one is {wrong}")
         assert "delete it and get it again" in raised.value.hint
-    with pytest.raises(WeightsError, match="SHA-256 0123"):
-        verify(path, "ba7816bf", found="0123")
+    verify(path, "900150983cd24fb0", algorithm="md5")
+    with pytest.raises(WeightsError, match="has MD5 900150983cd24fb0"):
+        verify(path, "ba7816bf", algorithm="md5")

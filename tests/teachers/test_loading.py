@@ -150,14 +150,6 @@ def test_clip_weights_with_the_wrong_activation_are_refused(given: str, right: s
     assert right in raised.value.hint
 
 
-def test_clip_layout_alone_does_not_say_its_activation(tmp_path: Path) -> None:
-    torch.save(
-        {"visual.class_embedding": torch.zeros(8), "visual.proj": torch.zeros(8, 4)}, tmp_path / "x.pt"
-    )
-    with pytest.raises(WeightsError, match="looks like CLIP, whose activation"):
-        load_teacher(str(tmp_path / "x.pt"))
-
-
 def test_random_weights_only_when_asked_and_loudly(caplog: pytest.LogCaptureFixture, vit_file: Path) -> None:
     teacher = load_teacher("timm:vit_tiny_patch16_224", pretrained=False, image_size=32)
     assert "RANDOM WEIGHTS" in caplog.text

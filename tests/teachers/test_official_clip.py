@@ -124,6 +124,16 @@ def test_plausible_wrong_versions_differ(clip: CLIP, official: dict) -> None:
     assert distance(tokens_of(transposed, normalised(images))) > 1e-3
 
 
+def test_openais_archive_is_refused_under_an_architecture_with_gelu(official: dict) -> None:
+    for name in ("vit_base_patch16_clip_224", "vit_base_patch16_clip_224.datacompxl"):
+        with pytest.raises(
+            WeightsError, match="trained with QuickGELU, and vit_base_patch16_clip_224"
+        ) as raised:
+            read(official, LAYOUTS, source="x.pt", architecture=name)
+        assert "--arch vit_base_patch16_clip_quickgelu_224" in raised.value.hint
+    recognised(official, architecture="vit_base_patch16_clip_quickgelu_224.openai")
+
+
 def test_every_tensor_is_accounted_for(official: dict) -> None:
     reading = recognised(official)
     assert {change.key for change in reading.audit} == official.keys()

@@ -122,7 +122,14 @@ def _openai(conversion: Conversion) -> Network:
     """OpenAI's archive, known by its three numbers: every one of its ViTs has QuickGELU and 64 channels a head."""
     conversion.drop("|".join(_SCALARS), "a number of the archive: image size, text length or vocabulary")
     width = conversion.state["visual.class_embedding"].shape[0]
-    return clip_tower(conversion, quick_gelu=True, num_heads=width // 64)
+    network = clip_tower(conversion, quick_gelu=True, num_heads=width // 64)
+    named = conversion.architecture
+    if named is not None and "_clip_" in named and "_quickgelu" not in named:
+        raise WeightsError(
+            f"this is OpenAI's CLIP, trained with QuickGELU, and {named} has another activation",
+            hint=f"use --arch {_SHORT.get(_sizes(conversion.state), ('', ''))[0] or network.architecture}",
+        )
+    return network
 
 
 def _unsaid(conversion: Conversion) -> Network:
@@ -186,9 +193,9 @@ _IN_FILE = tuple(rf"visual\.{name}" for name in (*_TOWER, *_BLOCK))
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout("clip", "CLIP, OpenAI's (ViT)", requires=(*_IN_FILE, *_SCALARS), convert=_openai),
-    Layout("openclip", "CLIP (ViT)", requires=_IN_FILE, forbids=_SCALARS, convert=_unsaid),
+    Layout("clip", "CLIP (ViT)", requires=_IN_FILE, forbids=_SCALARS, convert=_unsaid),
     Layout(
-        "openclip",
+        "clip",
         "CLIP (ViT), image tower alone",
         requires=(*_TOWER, *_BLOCK),
         forbids=(r"visual\..*", r"token_embedding\..*"),
