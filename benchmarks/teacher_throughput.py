@@ -4,7 +4,7 @@ Both sides have the same random weights and see the same images in [0, 1], in on
 side is its plain forward under inference mode, with the normalisation its images need, and without it (as if they came
 normalised); fdkit's is `Teacher.encode`, which folds the normalisation into the first convolution where that is exact.
 What both say must agree before anything is timed. Times are CPU-seconds at one thread, or CUDA events; a speed-up is
-that of one turn, and the goal is reached where no turn's noise is needed to explain it: the upper quartile is 1 or more.
+that of one turn, and fdkit is not slower where the upper quartile of the turns is 1 or more.
 
 Memory is that of a fresh process that loads CLIP's ViT-L/14 from a file: the highest it held, the file's pages
 included, over what it held before, as a multiple of the weights.
@@ -13,7 +13,6 @@ included, over what it held before, as a multiple of the weights.
 """
 
 import argparse
-import copy
 import json
 import logging
 import platform
@@ -31,7 +30,7 @@ import open_clip
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdkit.models.attention import has_fast_bfloat16
 from fdkit.models.backbone import Tokens

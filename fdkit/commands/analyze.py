@@ -28,6 +28,7 @@ from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import open_source
 from fdkit.errors import ConfigError
+from fdkit.teachers.teacher import short_names
 from fdkit.training.distributed import local_device
 
 SHARED_FILES = {"observe"}
@@ -78,7 +79,7 @@ def run(config: Any) -> Outcome:
     models = [config.load(name, seed=config.seed).to(device) for name in config.model]
     observed = [
         Observed(name, model, evaluation_images(model, source, config.loader, batch_size=config.batch_size))
-        for name, model in zip(_labels(config.model), models, strict=True)
+        for name, model in zip(short_names(config.model), models, strict=True)
     ]
     analysis = plugin("analysis", config.analysis).analyze(observed, config)
     numbers = analysis.numbers | {"command": config.model_dump(mode="json")}
@@ -97,12 +98,6 @@ def analyze(
     names = [model] if isinstance(model, (str, Path)) else list(model)
     values = {"model": tuple(str(name) for name in names), "data": str(data), **fields}
     return run(resolve(config_class(analysis), values, "analyze", analysis)).numbers
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    """What figures call the models: the last part of a path, whole names where that is not unique."""
-    short = [Path(name).name or name for name in names]
-    return [part if short.count(part) == 1 else name for part, name in zip(short, names, strict=True)]
 
 
 def _show(numbers: dict[str, Any], files: dict[str, Path]) -> None:

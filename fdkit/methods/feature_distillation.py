@@ -24,7 +24,7 @@ from fdkit.methods._several_teachers import dropped_mean, normalised_weights, we
 from fdkit.models.backbone import Backbone, Tokens
 from fdkit.models.collectives import mean_over_ranks
 from fdkit.models.stochastic_depth import add_stochastic_depth
-from fdkit.teachers.teacher import Teacher
+from fdkit.teachers.teacher import Teacher, short_names
 
 EPS = 1e-5
 
@@ -171,9 +171,10 @@ class FeatureDistillation(Method):
             loss = weighted_sum(losses, self.teacher_weights)
         scalars = {"loss": loss, "explained_variance": weighted_sum(explained, self.teacher_weights)}
         if len(imitations) > 1:
-            for teacher, one in zip(self.teachers, imitations, strict=True):
-                scalars[f"loss/{teacher.name}"] = one.loss.detach().mean()
-                scalars[f"explained_variance/{teacher.name}"] = one.explained_variance
+            names = short_names([teacher.name for teacher in self.teachers])
+            for name, one in zip(names, imitations, strict=True):
+                scalars[f"loss/{name}"] = one.loss.detach().mean()
+                scalars[f"explained_variance/{name}"] = one.explained_variance
         return scalars
 
 

@@ -57,9 +57,7 @@ def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
     )
     reading = None
     if not reads_by_library:
-        reading = match(
-            state, LAYOUTS, checkpoint_key=request.checkpoint_key, architecture=architecture
-        )
+        reading = match(state, LAYOUTS, checkpoint_key=request.checkpoint_key, architecture=architecture)
     if reading is not None:
         loaded = load_reading(reading, request, row, architecture, source=str(path))
     elif architecture is not None:
@@ -86,7 +84,8 @@ def load_reading(
     assumption = "" if architecture else network.assumption
     if assumption:
         logger.info("%s: %s; --arch sets another", source, assumption)
-    _say_statistics(backbone, describe(reading), source=source, is_assumed=row is None)
+    is_assumed = row is None and architecture is None and reading.layout in UNSIGNED
+    _say_statistics(backbone, describe(reading), source=source, is_assumed=is_assumed)
     audit = tuple(resampled.get(change.key, change) for change in reading.audit)
     return Loaded(backbone, source, layout=describe(reading), audit=audit, assumption=assumption)
 
@@ -122,7 +121,7 @@ def _load_by_library(state: State, request: Request, architecture: str, *, sourc
             backbone = build_teacher(architecture, request.image_size, keep_head=request.keep_head)
     hint = f"read as {architecture}; --arch NAME sets another"
     audit = fit_library(backbone, state, source=source, hint=hint)
-    _say_statistics(backbone, architecture, source=source, is_assumed=True)
+    _say_statistics(backbone, architecture, source=source, is_assumed=False)
     return Loaded(backbone, source, layout=f"{architecture} (named)", audit=audit)
 
 
@@ -259,10 +258,10 @@ def _say_left_out(audit: Iterable[Change], *, source: str) -> None:
 def _say_statistics(backbone: Backbone, what: str, *, source: str, is_assumed: bool) -> None:
     stated = backbone.preprocessing
     logger.info(
-        "%s: read as %s; %s mean %s and std %s; mean= and std= change them",
+        "%s: read as %s; %s mean %s and std %s",
         source,
         what,
-        "the file holds no statistics: assuming" if is_assumed else "with",
+        "the file does not show its statistics (--mean, --std): assuming" if is_assumed else "with",
         tuple(round(value, 4) for value in stated.mean),
         tuple(round(value, 4) for value in stated.std),
     )

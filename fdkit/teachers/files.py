@@ -83,7 +83,8 @@ def verify(path: Path, published: str, *, algorithm: Literal["sha256", "md5"] = 
     if not published or not found.startswith(published.lower()):
         name = {"sha256": "SHA-256", "md5": "MD5"}[algorithm]
         raise WeightsError(
-            f"wrong checksum: {path} ({path.stat().st_size} bytes) has {name} {found}, the published one is {published}",
+            f"wrong checksum: {path} ({path.stat().st_size} bytes) has {name} {found}, "
+            f"the published one is {published}",
             hint="the file is damaged, changed or another one: delete it and get it again from its source",
         )
 

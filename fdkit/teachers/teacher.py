@@ -1,6 +1,7 @@
 """A teacher: an image model that is read and never changed."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self, overload
 
 import torch
@@ -8,6 +9,12 @@ from torch import Tensor, nn
 
 from fdkit.models.backbone import Backbone, Tokens
 from fdkit.models.layers import layer_positions, list_layers
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """What figures and logs call models: the last part of a path, whole names where that is not unique."""
+    short = [Path(name).name or name for name in names]
+    return [part if short.count(part) == 1 else name for part, name in zip(short, names, strict=True)]
 
 
 class Teacher(nn.Module):

@@ -233,10 +233,7 @@ def test_golden_student_passes_through_the_layout(shared: Path) -> None:
         found = backbone(golden.images()).all()
     assert reading.network.mean == (0.485, 0.456, 0.406)
     assert backbone.preprocessing.image_size == 224
-    torch.testing.assert_close(
-        found[:, ::7], golden.arrays(file)["tokens"], rtol=0, atol=golden.TOLERANCE
-    )
-
+    torch.testing.assert_close(found[:, ::7], golden.arrays(file)["tokens"], rtol=0, atol=golden.TOLERANCE)
 
 
 @pytest.mark.parametrize(

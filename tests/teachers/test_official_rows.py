@@ -109,7 +109,11 @@ def mae_positions(table: Tensor, side: int) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "resample"), [("dino_vits", dino_positions), ("deit_vits", mae_positions)])
 def test_hosted_weights_are_resampled_as_their_authors_do(
-    name: str, resample: object, mocov3_state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    resample: object,
+    mocov3_state: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(mocov3_state, path)
@@ -137,7 +141,12 @@ def folder_of(path: Path, config: dict, state: dict[str, Tensor], card: str = ""
 def test_a_folder_of_timm_is_a_teacher_with_its_own_statistics(tmp_path: Path) -> None:
     args = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 0}
     network = timm.create_model("vit_tiny_patch16_224", **args).eval()
-    stated = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "fixed_input_size": True, "input_size": [3, 32, 32]}
+    stated = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.6, 0.7],
+        "fixed_input_size": True,
+        "input_size": [3, 32, 32],
+    }
     config = {"architecture": "vit_tiny_patch16_224", "model_args": args, "pretrained_cfg": stated}
     card = "---\nlicense: cc-by-nc-4.0\n---\n# A model\n"
     teacher = load_teacher(str(folder_of(tmp_path / "folder", config, network.state_dict(), card)))
