@@ -54,8 +54,8 @@ COMMANDS = {
 }
 
 EPILOGUE = """\
-MODEL  a name in `fdkit teachers` (clip_vitb), timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder,
-       or demo
+MODEL  a name in `fdkit teachers` (clip_vitb), timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file,
+       a run folder, or demo
 PATH   a folder of images (sub-folders are classes; train/ and test/ or val/ are splits), digits, demo,
        or torchvision:CIFAR10
 

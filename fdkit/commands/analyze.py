@@ -41,7 +41,7 @@ class AnalyzeConfig(ModelOptions, Command):
     """
 
     model: tyro.conf.Positional[tuple[str, ...]]
-    """Models: catalog names, timm:NAME, open_clip:ARCH/TAG, checkpoint files, run folders, or demo."""
+    """Models: catalog names, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, checkpoint files, run folders, or demo."""
     data: str
     """Images: a folder, digits, or demo; labels are not needed."""
     split: str = "all"

@@ -44,8 +44,8 @@ class DistillConfig(ModelOptions, TrainingCommand):
     ALIASES: ClassVar[dict[str, str]] = {**ModelOptions.ALIASES, "--student": "--student.name"}
 
     teacher: str
-    """A catalog name, timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo; or several of them with
-    commas between, where a student built like its teacher is like the first."""
+    """A catalog name, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file, a run folder, or demo; or
+    several with commas between, where a student built like its teacher is like the first."""
     teacher_precision: Literal["fp32", "bf16"] = "fp32"
     """Of the teacher's weights and arithmetic; the target is whitened in float32 either way."""
     teacher_compile: bool = False

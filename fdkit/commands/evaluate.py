@@ -34,7 +34,7 @@ class EvaluateConfig(ModelOptions, Command):
     """
 
     model: tyro.conf.Positional[str]
-    """A catalog name, timm:NAME, open_clip:ARCH/TAG, a checkpoint file, a run folder, or demo."""
+    """A catalog name, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file, a run folder, or demo."""
     data: str
     """Labelled images: a folder with train/ and test/ (or val/, validation/) of class folders, digits, or demo."""
     split: str = "test"
