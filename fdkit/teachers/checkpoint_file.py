@@ -25,7 +25,7 @@ from fdkit.teachers.official import LAYOUTS, Change, Network, Reading
 from fdkit.teachers.official._layout import Grid, State, match, nearest, refuse_linear_probe, state_in
 from fdkit.teachers.official.bias_tables import window_of
 from fdkit.teachers.request import Loaded, Request
-from fdkit.teachers.weights import WithoutRandomInit, fit_library, load_whole
+from fdkit.teachers.weights import WithoutInit, fit_library, load_whole
 
 logger = logging.getLogger("fdkit")
 
@@ -96,7 +96,7 @@ def _network_of(reading: Reading, row: Entry | None, architecture: str | None, s
     at_size = network.at_size(size) if network.at_size is not None and size is not None else {}
     stated = {"crop_ratio": network.crop_ratio, "interpolation": network.interpolation}
     changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
-    with WithoutRandomInit():
+    with WithoutInit():
         if architecture is None:
             args = {**network.assumed_args, **network.model_args, **at_size}
             backbone = build_teacher(network.architecture, size, args)
@@ -112,7 +112,7 @@ def _network_of(reading: Reading, row: Entry | None, architecture: str | None, s
 
 def _load_by_library(state: State, request: Request, architecture: str, *, source: str) -> Loaded:
     """A file that only the named architecture explains, through timm's or open_clip's own conversion."""
-    with WithoutRandomInit():
+    with WithoutInit():
         if architecture.startswith("open_clip:"):
             name = architecture.removeprefix("open_clip:")
             backbone = build_open_clip_teacher(*name.partition("/")[::2], request.image_size)

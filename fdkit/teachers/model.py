@@ -22,7 +22,7 @@ from fdkit.teachers.licensing import UNSTATED, forbids_commerce, terms_of_run
 from fdkit.teachers.official import positions
 from fdkit.teachers.official._layout import state_in
 from fdkit.teachers.request import Loaded, Request
-from fdkit.teachers.weights import WithoutRandomInit, check_finite, fit_library
+from fdkit.teachers.weights import WithoutInit, check_finite, fit_library
 
 logger = logging.getLogger("fdkit")
 
@@ -83,7 +83,7 @@ def _load_named(request: Request) -> Loaded:
     library, _, name = (entry.model if entry else request.name).partition(":")
     name = _tagged(name) if library == "timm" else name
     entry = entry or next((row for row in CATALOG.values() if row.model == f"{library}:{name}"), None)
-    with WithoutRandomInit() if request.pretrained else nullcontext():
+    with WithoutInit() if request.pretrained else nullcontext():
         backbone = _build_named(library, name, request, entry)
     license = entry.license if entry else _timm_license(name) if library == "timm" else UNSTATED
     loaded = Loaded(backbone, f"{library}:{name}", license, is_noncommercial=forbids_commerce(license))
@@ -151,7 +151,7 @@ def _load_folder(folder: Path, request: Request) -> Loaded:
     if model.library == "transformers":
         loaded = load_reading(read_transformers(model), request, None, None, source=source)
     else:
-        with WithoutRandomInit():
+        with WithoutInit():
             backbone = _build_folder(model, request)
         stated = {"mean": model.mean, "std": model.std, "interpolation": model.interpolation}
         backbone = with_preprocessing(backbone, {key: value for key, value in stated.items() if value})

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fdkit.errors import WeightsError
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import check_state
+from fdkit.teachers.memory import mappings, own_copy
 from fdkit.teachers.official import Change
 from fdkit.teachers.official._layout import Resample
 
@@ -50,23 +51,23 @@ CLIP_RULES = (
 )
 
 
-class WithoutRandomInit(TorchFunctionMode):
-    """While entered, random initialisation leaves tensors unwritten and draws from no generator.
+class WithoutInit(TorchFunctionMode):
+    """While entered, parameters are not initialised: their memory stays untouched, and no generator is drawn from.
 
-    For networks whose every parameter is about to be loaded: building one then costs seconds less, and loading a
-    teacher does not move the global random state.
+    For networks whose every parameter is about to be loaded. Building one costs seconds less, holds no memory for the
+    values that are to be replaced, and does not move the global random state.
     """
 
-    _TENSOR = (Tensor.uniform_, Tensor.normal_, Tensor.random_)
-    _INIT = ("uniform_", "normal_", "trunc_normal_", "orthogonal_")
+    _RANDOM = ("uniform_", "normal_", "random_")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        is_random_init = getattr(func, "__module__", "") == "torch.nn.init" and name.endswith(self._INIT)
-        if is_random_init or func in self._TENSOR:
-            return args[0] if args else (kwargs or {})["tensor"]
+        target = args[0] if args else (kwargs or {}).get("tensor")
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if writes and (isinstance(target, nn.Parameter) or name in self._RANDOM):
+            return target
         return func(*args, **(kwargs or {}))
 
 
@@ -100,7 +101,7 @@ def fit_library(
 
 
 def load_whole(network: nn.Module, state: State, *, source: str, hint: str = "") -> None:
-    """Makes a state dict a network's own, its tensors used as they are where dtype and layout allow.
+    """Makes a state dict a network's own, in memory of its own: what becomes of the file later does not matter.
 
     source, hint: name the file, and the remedy, in messages.
     Raises WeightsError with the first differing keys and their shapes, or the name of a tensor that is not finite;
@@ -109,15 +110,19 @@ def load_whole(network: nn.Module, state: State, *, source: str, hint: str = "")
     own = network.state_dict()
     _refuse_other_patch_size(own, state, source=source, hint=hint)
     _check_keys(network, state, source=source, hint=hint)
-    check_finite(state, source=source)
-    fitted = {key: value.to(own[key].dtype).contiguous() for key, value in state.items()}
+    known = mappings()
+    fitted = {key: own_copy(value, own[key].dtype, known) for key, value in state.items()}
+    check_finite(fitted, source=source)
     network.load_state_dict(fitted, strict=True, assign=True)
 
 
 def check_finite(state: State, *, source: str) -> None:
     """Raises WeightsError naming the first tensor that holds NaN or infinity."""
     for key, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        # One pass without a tensor of flags; a sum that overflows is looked at closely, and may be sound.
+        if not value.is_floating_point() or value.sum().isfinite():
+            continue
+        if not value.isfinite().all():
             count = int((~value.isfinite()).sum())
             raise WeightsError(
                 f"{source}: {key} holds {count} values that are not finite, of {value.numel()}",

@@ -6,7 +6,7 @@ from torch import nn
 from fdkit.errors import WeightsError
 from fdkit.models.libraries import build_open_clip, build_timm
 from fdkit.teachers.official import Change
-from fdkit.teachers.weights import RULES, WithoutRandomInit, _without, check_finite, fit_library, load_whole
+from fdkit.teachers.weights import RULES, WithoutInit, _without, check_finite, fit_library, load_whole
 
 SMALL = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 
@@ -114,6 +114,6 @@ def test_open_clip_towers_take_other_sizes_as_open_clip_does() -> None:
 
 def test_without_random_init_draws_nothing() -> None:
     before = torch.get_rng_state()
-    with WithoutRandomInit():
+    with WithoutInit():
         nn.Linear(4, 4)
     assert torch.equal(torch.get_rng_state(), before)
