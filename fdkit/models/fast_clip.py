@@ -4,7 +4,6 @@
 one position at a time, which on a CPU takes the network 1.7 times as long; here nothing is swapped.
 """
 
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -35,6 +35,8 @@ UNSIGNED = {"vit", "dino", "deit"}
 """Layouts of files that show nothing but a plain ViT with learned positions, with or without a classifier."""
 SIGNED_BY_NAME = {*UNSIGNED, "mae", "supmae"}
 """Layouts whose files may be as plain, once decoders and heads are gone."""
+TWINS = {"resnet": "dino_resnet", "dino_resnet": "resnet"}
+"""Layouts of one network alone and in its training checkpoint."""
 
 
 def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
@@ -75,6 +77,7 @@ def load_reading(
 ) -> Loaded:
     """A recognised file in its network; what it is said to be must agree with what it is."""
     _refuse_other_layout(reading, row, source=source)
+    _refuse_other_args(reading, row, source=source)
     network = reading.network
     size = request.image_size or (row.image_size if row else None)
     backbone = _network_of(reading, row, architecture, size)
@@ -175,10 +178,25 @@ def _refuse_other_layout(reading: Reading, row: Entry | None, *, source: str) ->
         return  # transformers' own names say nothing of the family, and its sizes are checked
     if reading.layout in UNSIGNED and row.official.layout in SIGNED_BY_NAME:
         return
+    if TWINS.get(reading.layout) == row.official.layout:
+        return
     raise WeightsError(
         f"{source} is not {row.name}: its tensors are those of {describe(reading)}",
         hint="leave out --arch to read it as what it is, or give the file of " + row.name,
     )
+
+
+def _refuse_other_args(reading: Reading, row: Entry | None, *, source: str) -> None:
+    """Refuses a file that shows another window or number of heads than its teacher has, though its tensors may fit."""
+    if row is None or row.official is None:
+        return
+    stated, shown = row.official.model_args, reading.network.model_args
+    for name in stated.keys() & shown.keys():
+        if shown[name] != stated[name]:
+            raise WeightsError(
+                f"{source} is not {row.name}: it shows {name} {shown[name]}, not {stated[name]}",
+                hint="leave out --arch to read it as what it is",
+            )
 
 
 def _shared_args(network: Network, architecture: str) -> dict[str, Any]:

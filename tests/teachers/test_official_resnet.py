@@ -203,13 +203,14 @@ def test_fast_moco_gets_torchvisions_names_for_its_numbers(key: str | None) -> N
     assert renamed[f"{key or 'encoder'}.0.5.0.conv2.weight"] == "layer2.0.conv2.weight"
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone.backbone."])  # EsViT wraps the network twice
 @pytest.mark.parametrize("key", [None, "student"])
-def test_dino_and_esvit_resnets_come_from_the_teacher(key: str | None) -> None:
+def test_dino_and_esvit_resnets_come_from_the_teacher(key: str | None, prefix: str) -> None:
     student, teacher = encoder(1), encoder(2)
     heads = {**projector("head.mlp", (2048, 32)), "head.last_layer.weight_g": torch.ones(8, 1)}
     heads |= {f"head_dense{name[4:]}": value for name, value in heads.items()}
     content = {
-        name: with_prefix("module.", with_prefix("backbone.", tensors) | heads)
+        name: with_prefix("module.", with_prefix(prefix, tensors) | heads)
         for name, tensors in (("student", student), ("teacher", teacher))
     }
     reading = assert_reads_as(content, student if key else teacher, "dino_resnet", key)

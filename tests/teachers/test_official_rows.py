@@ -13,7 +13,9 @@ from torch import Tensor
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.teachers import model
 from fdkit.teachers.catalog import CATALOG, list_teachers
+from fdkit.teachers.checkpoint_file import _refuse_other_args
 from fdkit.teachers.loading import load_teacher
+from fdkit.teachers.official import Network, Reading
 from fdkit.teachers.official._layout import state_in
 from fdkit.teachers.official.mocov3 import LAYOUTS as MOCOV3
 from tests.official_files import filled
@@ -182,3 +184,34 @@ def test_hub_names_reach_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_bare_mocov3_encoder_keeps_its_heads(mocov3_state: dict[str, Tensor]) -> None:
     """What counts as MoCo v3 without its prefix is the fixed row-first table; a seeded one is not it."""
     assert all(layout.prefix_in(state_in(mocov3_state, source="x"), None) is None for layout in MOCOV3)
+
+
+@pytest.mark.slow
+def test_a_resnet_alone_and_in_its_training_checkpoint_is_the_same_teacher(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        shapes = timm.create_model("resnet50", num_classes=0).state_dict()
+    state = filled({name: tuple(value.shape) for name, value in shapes.items()})
+    full = {"teacher": {f"backbone.{key}": value for key, value in state.items()}, "epoch": 3}
+    for content in (state, full):
+        torch.save(content, tmp_path / "x.pth")
+        teacher = load_teacher(str(tmp_path / "x.pth"), architecture="dino_r50")
+        assert torch.equal(teacher.backbone.network.conv1.weight, state["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "words"),
+    [
+        ("esvit_swinb", {"window_size": 7}, "is not esvit_swinb: it shows window_size 7, not 14"),
+        ("mocov3_vits", {"num_heads": 6}, "is not mocov3_vits: it shows num_heads 6, not 12"),
+        ("esvit_swinb", {"window_size": 14}, ""),
+    ],
+)
+def test_a_file_that_shows_another_window_or_heads_is_not_the_teacher(
+    name: str, shown: dict[str, int], words: str
+) -> None:
+    reading = Reading("x", "X", Network("swin_base_patch4_window7_224", shown), {}, ())
+    if not words:
+        _refuse_other_args(reading, CATALOG[name], source="x.pth")
+        return
+    with pytest.raises(WeightsError, match=words):
+        _refuse_other_args(reading, CATALOG[name], source="x.pth")

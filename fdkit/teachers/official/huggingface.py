@@ -3,7 +3,8 @@
 What no tensor shows (heads, activation, epsilon of the norms) stands in the config.json beside the file. A file alone
 is read with what all published models of its kind have, and says so; CLIP's, which come in two kinds, ask.
 
-Source: huggingface/transformers, models/*/modeling_*.py and configuration_*.py of version 4.
+Source: huggingface/transformers, models/*/modeling_*.py and configuration_*.py of versions 4 and 5
+(whose files differ in that version 5 names an image tower saved alone without `vision_model.`).
 """
 
 from collections.abc import Callable, Mapping
@@ -169,7 +170,9 @@ def _dinov3(conversion: Conversion, config: Config | None) -> Network:
     words = f"{heads['num_heads']} heads, DINOv3's for width {width}: shapes do not show heads"
     network = Network(f"vit_{size}_patch16_dinov3", args, heads, words)
     if config is not None:
-        network = Network(network.architecture, {**args, **heads})
+        network = Network(
+            network.architecture, {**args, **heads, "img_size": _side(config.get("image_size", 224))}
+        )
     activation = "silu" if is_gated else "gelu"
     if _activation(config or {}, activation) != activation:
         raise WeightsError(
@@ -238,6 +241,11 @@ def _heads(config: Config | None, default: int) -> int | None:
     return None if config is None else int(config.get("num_attention_heads", default))
 
 
+def _side(stated: Any) -> Any:
+    """The one number of a config's (height, width), if they are the same."""
+    return stated[0] if isinstance(stated, list) and len(set(stated)) == 1 else stated
+
+
 def _activation(config: Config, default: str) -> str:
     """The activation a config states, by timm's name."""
     stated = config.get("hidden_act", default)
@@ -269,8 +277,7 @@ def _check_sizes(network: Network, stated: Config) -> None:
         "image_size": "img_size",
     }
     for key, name in named.items():
-        value = stated.get(key)
-        value = value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+        value = _side(stated.get(key))
         shown = network.model_args.get(name)
         if value is not None and shown is not None and value != shown:
             raise WeightsError(
@@ -396,7 +403,7 @@ _FAMILIES = (
         name="hf_clip",
         title="CLIP (transformers)",
         requires=(*_TOWER, r"embeddings\.class_embedding", r"pre_layrnorm\.weight"),
-        prefixes=("vision_model.",),
+        prefixes=("vision_model.", ""),
         outside=_BESIDE_TOWER,
     ),
     _family(
@@ -406,7 +413,7 @@ _FAMILIES = (
         title="SigLIP (transformers)",
         requires=(*_TOWER, r"embeddings\.patch_embedding\.bias"),
         forbids=(r"embeddings\.class_embedding",),
-        prefixes=("vision_model.",),
+        prefixes=("vision_model.", ""),
         outside=_BESIDE_TOWER,
     ),
 )

@@ -151,7 +151,7 @@ LAYOUTS = (
         title="DINO or EsViT (ResNet)",
         requires=_RESNET,
         convert=partial(_convert, head=r"fc\..*", why="classifier", interpolation="bicubic"),
-        prefixes=("backbone.",),
+        prefixes=("backbone.", "backbone.backbone."),
         outside=((r"head(_dense)?\..*", "projection head"),),
     ),
 )

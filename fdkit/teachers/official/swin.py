@@ -35,14 +35,13 @@ class Stages(NamedTuple):
 
 
 def _convert_esvit(conversion: Conversion) -> Network:
-    """EsViT pads a map that does not divide into windows, and rolls it after; timm rolls before. Nor would a network
-    built for another size shift the same stages: so it takes no image size but its own.
+    """At another size it is the network EsViT's code builds for that size, its tables resampled by `init_weights`.
+
+    EsViT can also feed another size to the network built for 224 pixels, which then shifts other windows.
     """
     conversion.drop(r"head\.(mlp|last_layer)\..*", "projection head on the pooled features")
     conversion.drop(r"head_dense\..*", "projection head on the regions")
-    network = _network_v1(conversion, eps=ESVIT_EPS)
-    own_size = partial(_own_size_alone, network.model_args["img_size"])
-    return network._replace(assumption="", resample_bias=None, at_size=own_size)
+    return _network_v1(conversion, eps=ESVIT_EPS)._replace(assumption="")
 
 
 def _convert_swin(conversion: Conversion) -> Network:
@@ -56,9 +55,10 @@ def _convert_swinv2(conversion: Conversion) -> Network:
 
 
 def _convert_fd_swin(conversion: Conversion) -> Network:
+    """Its code scales coordinates by the window in use, and does so anew at another size."""
     conversion.drop(r"head\.(weight|bias)", "classifier")
     conversion.rename(r"\.attn\.rpe_mlp\.", ".attn.cpb_mlp.", "timm's name for the position bias network")
-    return _network_v2(conversion)
+    return _network_v2(conversion, keeps_scale=False)
 
 
 def _network_v1(conversion: Conversion, *, eps: float) -> Network:
@@ -73,8 +73,11 @@ def _network_v1(conversion: Conversion, *, eps: float) -> Network:
     )
 
 
-def _network_v2(conversion: Conversion) -> Network:
-    """The Swin V2 of timm that the tensors left show."""
+def _network_v2(conversion: Conversion, *, keeps_scale: bool = True) -> Network:
+    """The Swin V2 of timm that the tensors left show.
+
+    keeps_scale: whether coordinates stay scaled by the window of pretraining where the window changes.
+    """
     state = conversion.state
     heads = [state[key].shape[0] for key in _first_blocks(state, "attn.logit_scale")]
     stages = Stages(_depths(state), heads, _windows_v2(state))
@@ -84,7 +87,8 @@ def _network_v2(conversion: Conversion) -> Network:
         "pretrained_window_sizes": _pretrained_windows(state, stages.windows),
         "layer_norm_eps": SWIN_EPS,
     }
-    return _finish(conversion, V2, args, stages)._replace(at_size=partial(_args_at_size, args, stages))
+    at_size = partial(_args_at_size, args, stages, keeps_scale=keeps_scale)
+    return _finish(conversion, V2, args, stages)._replace(at_size=at_size)
 
 
 def _finish(conversion: Conversion, architecture: str, args: dict[str, Any], stages: Stages) -> Network:
@@ -181,33 +185,41 @@ def _pretrained_windows(state: State, windows: list[int]) -> list[int]:
     return found
 
 
-def _args_at_size(args: dict[str, Any], stages: Stages, size: int) -> dict[str, Any]:
+def _args_at_size(
+    args: dict[str, Any], stages: Stages, size: int, *, keeps_scale: bool = False
+) -> dict[str, Any]:
     """The window for images of another size, as the official code would be configured for it.
 
-    The window stays where every stage's map divides into it, and else grows with the image as in the released
-    224 -> 384 and 192 -> 256 pairs. Swin V2 keeps scaling its coordinates by the window it was trained with.
-    Raises ConfigError where neither makes whole windows: the official code stops there, and timm pads.
+    The window grows with the image, as in every released pair (224 -> 384: 7 -> 12; 192 -> 256: 12 -> 16; 192 -> 384:
+    12 -> 24), and stays where it cannot. Swin V2 keeps scaling its coordinates by the window it was trained with.
+    Raises ConfigError where neither makes whole windows: Swin's code stops there, EsViT's pads other than timm's.
     """
-    native, window = args["img_size"], args["window_size"]
+    native = args["img_size"]
     if size == native:
         return {}
     num_stages = len(stages.depths)
-    candidates = [window, *([window * size // native] if window * size % native == 0 else [])]
-    chosen = next((w for w in candidates if _divides(size, args["patch_size"], w, num_stages)), None)
+    chosen = _window_at(args, num_stages, size)
     if chosen is None:
         step = args["patch_size"] * 2 ** (num_stages - 1)
-        whole = [
-            s for s in range(step, 4 * native, step) if _divides(s, args["patch_size"], window, num_stages)
-        ]
+        whole = [s for s in range(step, 4 * native, step) if _window_at(args, num_stages, s)]
+        near = sorted(sorted(whole, key=lambda other: abs(other - size))[:4])
         raise ConfigError(
-            f"image size {size}: its feature maps do not divide into windows of {window}",
-            hint="sizes that do: " + ", ".join(str(s) for s in whole[:6]),
+            f"image size {size}: its feature maps do not divide into windows",
+            hint="sizes that do: " + ", ".join(str(s) for s in near),
         )
     changed: dict[str, Any] = {"window_size": chosen}
-    if "pretrained_window_sizes" in args:
+    if keeps_scale:
         trained = zip(args["pretrained_window_sizes"], stages.windows, strict=True)
         changed["pretrained_window_sizes"] = [stated or own for stated, own in trained]
     return changed
+
+
+def _window_at(args: dict[str, Any], num_stages: int, size: int) -> int | None:
+    """Side of the windows at an image size: scaled with it, else as it is; None if neither divides its maps."""
+    native, window = args["img_size"], args["window_size"]
+    scaled, remainder = divmod(window * size, native)
+    candidates = [scaled, window] if remainder == 0 else [window]
+    return next((w for w in candidates if _divides(size, args["patch_size"], w, num_stages)), None)
 
 
 def _divides(size: int, patch: int, window: int, num_stages: int) -> bool:
@@ -216,15 +228,6 @@ def _divides(size: int, patch: int, window: int, num_stages: int) -> bool:
         return False
     maps = [size // patch // 2**stage for stage in range(num_stages)]
     return all(side <= window or side % window == 0 for side in maps)
-
-
-def _own_size_alone(native: int, size: int) -> dict[str, Any]:
-    if size != native:
-        raise ConfigError(
-            f"image size {size}: timm's Swin computes what EsViT's does at {native} pixels alone",
-            hint="leave the image size out: images are resized",
-        )
-    return {}
 
 
 def _is_esvit(state: State) -> bool:
