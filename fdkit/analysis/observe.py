@@ -66,7 +66,8 @@ def observe_attention(model: "Backbone | Teacher", images: Tensor, visit: Visit)
     num_tokens = num_attended_prefix_tokens(backbone) + rows * columns
     reader = _Reader(visit, batch_size=len(images), num_tokens=num_tokens)
     with _evaluating(backbone), _reading(backbone.network, reader):
-        tokens: Tokens = backbone(images.to(backbone.mean))
+        # Not the compiled call, if there is one: hooks must see each block.
+        tokens: Tokens = backbone.forward(images.to(backbone.mean.device))
     if reader.num_layers == 0:
         raise ConfigError(f"{type(backbone.network).__name__} has no attention to observe", READABLE)
     return tokens

@@ -120,6 +120,8 @@ def build_open_clip(
     import open_clip
     from open_clip.model import _build_vision_tower  # the public constructors also build the text tower
 
+    from fdkit.models.fast_clip import accelerate
+
     config = open_clip.get_model_config(arch)
     if config is None:
         raise ConfigError(
@@ -140,6 +142,7 @@ def build_open_clip(
         )
     vision["image_size"] = args["image_size"]
     network = _build_vision_tower(config["embed_dim"], vision, args["quick_gelu"])
+    accelerate(network)
     return _open_clip_backbone(
         network,
         recipe={"library": "open_clip", "architecture": arch, "model_args": args},
