@@ -97,8 +97,10 @@ def _network_of(reading: Reading, row: Entry | None, architecture: str | None, s
     """The network a reading is of, without its weights: what it shows, or what is named with what that leaves open."""
     network = reading.network
     at_size = network.at_size(size) if network.at_size is not None and size is not None else {}
-    stated = {"crop_ratio": network.crop_ratio, "interpolation": network.interpolation}
-    changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
+    changes: dict[str, Any] = {}
+    if architecture is None or row is not None:  # else the architecture named has an evaluation of its own
+        stated = {"crop_ratio": network.crop_ratio, "interpolation": network.interpolation}
+        changes = {key: value for key, value in stated.items() if value is not None}
     with WithoutInit():
         if architecture is None:
             args = {**network.assumed_args, **network.model_args, **at_size}

@@ -59,13 +59,15 @@ class WithoutInit(TorchFunctionMode):
     """
 
     _RANDOM = ("uniform_", "normal_", "random_")
+    _NO_VALUES = ("requires_grad_", "detach_", "set_", "share_memory_")
+    """Of the methods that change a tensor, those that write no values into it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         target = args[0] if args else (kwargs or {}).get("tensor")
-        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        writes = name.endswith("_") and not name.endswith("__") and name not in self._NO_VALUES
         if writes and (isinstance(target, nn.Parameter) or name in self._RANDOM):
             return target
         return func(*args, **(kwargs or {}))

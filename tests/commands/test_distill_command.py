@@ -151,8 +151,8 @@ def test_several_teachers_make_one_student_like_the_first(
     recipe = json.loads((taught_by_two / "student.json").read_text())
     assert (recipe["model_args"]["embed_dim"], recipe["model_args"]["patch_size"]) == (24, 8)
     last = _metrics(taught_by_two)[-1]
-    for name in two_teachers:
-        assert {f"loss/{name}", f"explained_variance/{name}"} <= last.keys()
+    for path in two_teachers:
+        assert {f"loss/{path.name}", f"explained_variance/{path.name}"} <= last.keys()
     assert {"loss", "explained_variance"} <= last.keys()
 
 

@@ -77,6 +77,7 @@ def test_a_file_named_after_a_timm_model_takes_its_statistics(tmp_path: Path, st
     network = timm.create_model("vit_tiny_patch16_224")
     safetensors.torch.save_file(network.state_dict(), tmp_path / f"{stem}.safetensors")
     teacher = load_teacher(str(tmp_path / f"{stem}.safetensors"))
+    assert teacher.backbone.preprocessing == build_timm(stem, {}).preprocessing
     assert teacher.backbone.preprocessing.mean == (0.5, 0.5, 0.5)
     assert teacher.image_size == 224
     other = load_teacher(

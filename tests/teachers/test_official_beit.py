@@ -214,6 +214,7 @@ def test_beit_with_absolute_positions_takes_the_heads_of_its_width() -> None:
     backbone, reading = load({"model": state})
     assert reading.network.assumed_args == {"num_heads": 3}
     assert "3 heads" in reading.network.assumption
+    assert reading.network.mean == reading.network.std == (0.5, 0.5, 0.5)
     expected = official_tokens(state, IMAGES, 3)
     torch.testing.assert_close(tokens(backbone, IMAGES), expected, rtol=0, atol=2e-5)
 

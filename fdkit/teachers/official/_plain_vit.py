@@ -8,7 +8,7 @@ import torch
 
 from fdkit.errors import WeightsError
 from fdkit.models.vit import sincos_position
-from fdkit.teachers.official._layout import Network, Resample, State
+from fdkit.teachers.official._layout import Conversion, Network, Resample, State
 
 STANDARD_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 """Width to number of heads in the papers' models; shapes do not show heads. Other widths have 64 channels a head."""
@@ -78,6 +78,15 @@ class PlainViT(NamedTuple):
         }
         args |= {"stem": "conv"} if self.has_conv_stem else {}
         return args | ({} if self.has_norm or self.has_pooled_norm else {"final_norm": False})
+
+
+def fold_class_position(conversion: Conversion) -> None:
+    """The class token's position goes into the token: timm has no position for it where there are registers."""
+    table = conversion.state["pos_embed"]
+    parts = {"class_position": table[:, :1], "pos_embed": table[:, 1:]}
+    conversion.split("pos_embed", parts, "the class token's row goes into the class token")
+    both = ["cls_token", "class_position"]
+    conversion.merge(both, "cls_token", lambda parts: parts[0] + parts[1], "with its position added")
 
 
 def measure(state: State) -> PlainViT | None:

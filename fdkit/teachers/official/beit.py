@@ -40,9 +40,9 @@ def _convert_pretrained(conversion: Conversion) -> Network:
     conversion.drop(r"cls_pt_layers\..*", "blocks that served to pretrain the class token (BEiT v2)")
     conversion.drop(r"cls_pt_(norm|lm_head)\..*", "head that served to pretrain the class token (BEiT v2)")
     network = _network(conversion)
-    if is_v2 or SHARED_TABLE not in conversion.state:
+    if is_v2:
         return network
-    said = "mean and std 0.5, those of BEiT's pretraining on ImageNet-22k: the file holds none"
+    said = "mean and std 0.5, those of BEiT's own pretraining: the file holds none"
     return network._replace(mean=HALF, std=HALF, assumption=_sentences(network.assumption, said))
 
 

@@ -13,6 +13,7 @@ from fdkit.teachers.official._plain_vit import (
     PLAIN,
     depth_of,
     fixed_positions,
+    fold_class_position,
     is_standard,
     network_of,
     ratio_for,
@@ -44,25 +45,12 @@ def _dinov2(conversion: Conversion) -> Network:
     conversion.rename(r"\.mlp\.w3\.", ".mlp.fc2.", "timm's name for it")
     has_registers = "register_tokens" in conversion.state
     if has_registers:
-        _fold_class_position(conversion)
+        conversion.rename(r"^register_tokens$", "reg_token", "timm's name for it")
+        fold_class_position(conversion)
     return network_of(
         conversion.state,
         resample=positions.by_size_antialiased if has_registers else positions.by_scale,
         architecture="vit_giant_patch14_dinov2" if is_gated else None,
-    )
-
-
-def _fold_class_position(conversion: Conversion) -> None:
-    """The class token's position goes into the token: timm has no position for it where there are registers."""
-    conversion.rename(r"^register_tokens$", "reg_token", "timm's name for it")
-    table = conversion.state["pos_embed"]
-    parts = {"class_position": table[:, :1], "pos_embed": table[:, 1:]}
-    conversion.split("pos_embed", parts, "the class token's row goes into the class token")
-    conversion.merge(
-        ["cls_token", "class_position"],
-        "cls_token",
-        lambda both: both[0] + both[1],
-        "with its position added",
     )
 
 

@@ -15,7 +15,13 @@ import torch
 from fdkit.errors import WeightsError
 from fdkit.teachers.official import positions
 from fdkit.teachers.official._layout import Conversion, Layout, Network, Reading, Resample, State, state_in
-from fdkit.teachers.official._plain_vit import depth_of, fixed_positions, network_of, ratio_for
+from fdkit.teachers.official._plain_vit import (
+    depth_of,
+    fixed_positions,
+    fold_class_position,
+    network_of,
+    ratio_for,
+)
 from fdkit.teachers.official.clip import CLIP_MEAN, CLIP_STD, activation_of, host
 
 Config = Mapping[str, Any]
@@ -90,7 +96,7 @@ def _vit(
     _rename(conversion, _BERT_NAMES)
     _merge_qkv(conversion, ("query", "key", "value"))
     if "reg_token" in conversion.state:
-        _fold_class_position(conversion)
+        fold_class_position(conversion)
     network = network_of(
         conversion.state,
         resample=resample,
@@ -125,15 +131,6 @@ def _dinov2(conversion: Conversion, config: Config | None) -> Network:
         eps=1e-6,
         activation=None if is_gated else "gelu",
     )
-
-
-def _fold_class_position(conversion: Conversion) -> None:
-    """The class token's position goes into the token: timm has no position for it where there are registers."""
-    table = conversion.state["pos_embed"]
-    parts = {"class_position": table[:, :1], "pos_embed": table[:, 1:]}
-    conversion.split("pos_embed", parts, "the class token's row goes into the class token")
-    both = ["cls_token", "class_position"]
-    conversion.merge(both, "cls_token", lambda parts: parts[0] + parts[1], "with its position added")
 
 
 def _dinov3(conversion: Conversion, config: Config | None) -> Network:
