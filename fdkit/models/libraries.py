@@ -181,7 +181,7 @@ def load_backbone(folder: Path) -> Backbone:
 
     Raises WeightsError if a file is missing or damaged, or if names or shapes differ from the recipe's network.
     """
-    backbone = build_backbone(_read_recipe(folder / RECIPE_FILE))
+    backbone = build_backbone(read_recipe(folder / RECIPE_FILE))
     path = folder / WEIGHTS_FILE
     try:
         state = safetensors.torch.load_file(path)
@@ -295,7 +295,7 @@ def _preprocessing_from_json(values: dict[str, Any]) -> Preprocessing:
     return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe in a file; WeightsError if it is missing, is not JSON, or lacks a part."""
     try:
         recipe = json.loads(path.read_text())

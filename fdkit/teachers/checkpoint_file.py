@@ -62,6 +62,8 @@ def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
         reading = match(state, LAYOUTS, checkpoint_key=request.checkpoint_key, architecture=architecture)
     if reading is not None:
         loaded = load_reading(reading, request, row, architecture, source=str(path))
+        is_assumed = row is None and architecture is None and reading.layout in UNSIGNED
+        _say_statistics(loaded.backbone, loaded.layout, source=str(path), is_assumed=is_assumed)
     elif architecture is not None:
         loaded = _load_by_library(state, request, architecture, source=str(path))
     else:
@@ -87,8 +89,6 @@ def load_reading(
     assumption = "" if architecture else network.assumption
     if assumption:
         logger.info("%s: %s; --arch sets another", source, assumption)
-    is_assumed = row is None and architecture is None and reading.layout in UNSIGNED
-    _say_statistics(backbone, describe(reading), source=source, is_assumed=is_assumed)
     audit = tuple(resampled.get(change.key, change) for change in reading.audit)
     return Loaded(backbone, source, layout=describe(reading), audit=audit, assumption=assumption)
 
@@ -241,7 +241,7 @@ def _at_its_size(reading: Reading, backbone: Backbone) -> tuple[State, dict[str,
         reason = f"resampled from {_times(old)} to {_times(new)} as the official code does"
         changed[names[key]] = Change(names[key], key, reason)
     if changed:
-        logger.info("%d position tables %s", len(changed), next(iter(changed.values())).reason)
+        logger.info("position tables (%d) %s", len(changed), next(iter(changed.values())).reason)
     return state, changed
 
 
@@ -272,7 +272,8 @@ def _say_left_out(audit: Iterable[Change], *, source: str) -> None:
         if change.became is None:
             left_out.setdefault(change.reason, []).append(change.key)
     for reason, keys in left_out.items():
-        logger.info("%s: left out %d tensors (%s), such as %s", source, len(keys), reason, keys[0])
+        count = f"{len(keys)} tensor" + ("s" if len(keys) > 1 else "")
+        logger.info("%s: left out %s (%s), such as %s", source, count, reason, keys[0])
 
 
 def _say_statistics(backbone: Backbone, what: str, *, source: str, is_assumed: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fdkit.errors import ConfigError, WeightsError, did_you_mean
 from fdkit.models.backbone import Backbone
-from fdkit.models.libraries import build_open_clip, load_backbone
+from fdkit.models.libraries import WEIGHTS_FILE, build_open_clip
 from fdkit.teachers.building import (
     build_open_clip_teacher,
     build_teacher,
@@ -18,17 +18,17 @@ from fdkit.teachers.checkpoint_file import load_file, load_reading
 from fdkit.teachers.files import read_file, sha256_of
 from fdkit.teachers.hub import fetch_official, fetch_open_clip, fetch_repo, fetch_timm
 from fdkit.teachers.huggingface_folder import FolderModel, is_model_folder, read_folder, read_transformers
-from fdkit.teachers.licensing import UNSTATED, forbids_commerce, terms_of_run
+from fdkit.teachers.licensing import UNSTATED, forbids_commerce
 from fdkit.teachers.official import positions
 from fdkit.teachers.official._layout import state_in
 from fdkit.teachers.request import Loaded, Request
-from fdkit.teachers.weights import WithoutInit, check_finite, fit_library
+from fdkit.teachers.run_folder import load_run
+from fdkit.teachers.weights import WithoutInit, fit_library
 
 logger = logging.getLogger("fdkit")
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".pyth")
 DEMO_FOLDER = Path(__file__).parent / "demo"
-RUN_WEIGHTS = "student.safetensors"
 POSITIONS = {
     "dino": positions.by_scale,
     "dinov2": positions.by_scale,
@@ -59,11 +59,11 @@ def load_model(request: Request) -> Loaded:
         repo, _, revision = rest.partition("@")
         return _load_folder(fetch_repo(repo, revision or "main"), request)._replace(source=request.name)
     if path.is_dir():
-        is_run = (path / RUN_WEIGHTS).is_file() or not is_model_folder(path)
-        return _load_run(path, request) if is_run else _load_folder(path.absolute(), request)
+        is_run = (path / WEIGHTS_FILE).is_file() or not is_model_folder(path)
+        return load_run(path, request) if is_run else _load_folder(path.absolute(), request)
     if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
-        if path.name == RUN_WEIGHTS and path.with_suffix(".json").is_file():
-            return _load_run(path.parent, request)
+        if path.name == WEIGHTS_FILE and path.with_suffix(".json").is_file():
+            return load_run(path.parent, request)
         return load_file(path.absolute(), request)
     if "/" in request.name and not rest:
         raise WeightsError(f"there is no file or folder {request.name}")
@@ -173,31 +173,11 @@ def _build_folder(model: FolderModel, request: Request) -> Backbone:
     return build_open_clip(model.architecture, args)
 
 
-def _load_run(folder: Path, request: Request) -> Loaded:
-    """The student of a run folder, as a teacher."""
-    weights = folder / RUN_WEIGHTS
-    if not weights.is_file():
-        raise WeightsError(
-            f"{folder} holds no {RUN_WEIGHTS}: it is not the folder of a finished run",
-            hint="give the run folder itself, not one of its checkpoints, or a file of weights",
-        )
-    if request.architecture:
-        raise ConfigError(f"an architecture is for a file of weights, and the run {folder} states its own")
-    backbone = load_backbone(folder)
-    check_finite(backbone.network.state_dict(), source=str(weights))
-    if request.image_size not in (None, backbone.image_size):
-        raise ConfigError(
-            f"image size {request.image_size}: the model of {folder} takes {backbone.image_size} pixels"
-        )
-    terms = terms_of_run(folder)
-    return Loaded(backbone, str(folder.absolute()), terms.license, sha256_of(weights), terms.is_noncommercial)
-
-
 def _load_demo(request: Request) -> Loaded:
     """The small teacher that comes with the package."""
-    if not (DEMO_FOLDER / RUN_WEIGHTS).is_file():
+    if not (DEMO_FOLDER / WEIGHTS_FILE).is_file():
         raise WeightsError("the demo teacher is not in this installation", hint="run `make demo-teacher`")
-    return _load_run(DEMO_FOLDER, request)._replace(source="demo", license="Apache-2.0")
+    return load_run(DEMO_FOLDER, request)._replace(source="demo", license="Apache-2.0")
 
 
 def _tagged(name: str) -> str:
