@@ -1,7 +1,7 @@
 """Files in an official layout: made of seeded values, read, and loaded whole into the network they show."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import build_timm
 from fdkit.teachers.checkpoint_file import load_file
-from fdkit.teachers.official import LAYOUTS, Network, Reading, read
-from fdkit.teachers.official._layout import state_in
+from fdkit.teachers.official import LAYOUTS, Layout, Network, Reading
+from fdkit.teachers.official._layout import match, refuse_linear_probe, state_in
 from fdkit.teachers.request import Request
 from tests import golden
 
@@ -29,6 +29,20 @@ def filled(shapes: Mapping[str, tuple[int, ...]], seed: int = 1) -> dict[str, Te
 
 def with_prefix(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {prefix + name: value for name, value in tensors.items()}
+
+
+def read(
+    content: Any,
+    layouts: Iterable[Layout],
+    *,
+    source: str,
+    checkpoint_key: str | None = None,
+    architecture: str | None = None,
+) -> Reading | None:
+    """A file's content read in the first layout that recognises it, as the loader does; None if none does."""
+    state = state_in(content, source=source, checkpoint_key=checkpoint_key)
+    refuse_linear_probe(content, state, source=source)
+    return match(state, layouts, checkpoint_key=checkpoint_key, architecture=architecture)
 
 
 def read_one(content: Any, checkpoint_key: str | None = None) -> Reading:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import build_timm
 from fdkit.teachers.checkpoint_file import load_file
-from fdkit.teachers.official import LAYOUTS, Network, Reading, read
+from fdkit.teachers.official import LAYOUTS, Network, Reading
 from fdkit.teachers.official._layout import state_in
 from fdkit.teachers.request import Request
+from tests.official_files import read
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]

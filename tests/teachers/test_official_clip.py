@@ -17,7 +17,8 @@ from fdkit.models.libraries import build_timm
 from fdkit.teachers.catalog import CATALOG
 from fdkit.teachers.files import read_file
 from fdkit.teachers.loading import load_teacher
-from fdkit.teachers.official import LAYOUTS, Reading, read
+from fdkit.teachers.official import LAYOUTS, Reading
+from tests.official_files import read
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXT = {"context_length": 6, "vocab_size": 11, "width": 64, "heads": 1, "layers": 1}

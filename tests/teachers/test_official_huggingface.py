@@ -23,8 +23,9 @@ from fdkit.errors import WeightsError
 from fdkit.models.backbone import IMAGENET_MEAN
 from fdkit.models.libraries import build_timm
 from fdkit.models.vit import sincos_position
-from fdkit.teachers.official import LAYOUTS, Reading, read
+from fdkit.teachers.official import LAYOUTS, Reading
 from fdkit.teachers.official.huggingface import read_configured
+from tests.official_files import read
 
 
 def recognised(state: State, **options: Any) -> Reading:

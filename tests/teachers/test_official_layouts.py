@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fdkit.errors import WeightsError
-from fdkit.teachers.official._layout import Change, Conversion, Layout, Network, nearest, read, state_in
+from fdkit.teachers.official._layout import Change, Conversion, Layout, Network, nearest, state_in
+from tests.official_files import read
 
 
 def tensors(*names: str) -> dict[str, Tensor]:

@@ -22,9 +22,10 @@ from official_vits import (
 from torch import Tensor, nn
 
 from fdkit.errors import WeightsError
-from fdkit.teachers.official._layout import Change, read
+from fdkit.teachers.official._layout import Change
 from fdkit.teachers.official._plain_vit import STANDARD_HEADS, measure, ratio_for
 from fdkit.teachers.official.vit import LAYOUTS
+from tests.official_files import read
 
 BASE = {"embed_dim": 192, "depth": 2, "num_heads": 3, "img_size": 64, "patch_size": 16, "num_classes": 0}
 ARGS: list[dict[str, Any]] = [

@@ -4,7 +4,7 @@ Each module holds the layouts of one kind of network. A layout says which tensor
 are no part of the network and why, and what the others are called in the timm model of the same architecture.
 """
 
-from fdkit.teachers.official._layout import Change, Layout, Network, Reading, read
+from fdkit.teachers.official._layout import Change, Layout, Network, Reading
 from fdkit.teachers.official.beit import LAYOUTS as BEIT
 from fdkit.teachers.official.clip import LAYOUTS as CLIP
 from fdkit.teachers.official.convnext import LAYOUTS as CONVNEXT
@@ -16,4 +16,4 @@ from fdkit.teachers.official.vit import LAYOUTS as VIT
 LAYOUTS: tuple[Layout, ...] = (*VIT, *BEIT, *SWIN, *CONVNEXT, *RESNET, *CLIP, *HUGGINGFACE)
 """All of them; a file is the first that recognises it, and a test holds that no second one does."""
 
-__all__ = ["LAYOUTS", "Change", "Layout", "Network", "Reading", "read"]
+__all__ = ["LAYOUTS", "Change", "Layout", "Network", "Reading"]

@@ -203,26 +203,6 @@ class Layout(NamedTuple):
         return [pattern for pattern in self.requires if not _any_match(pattern, keys)]
 
 
-def read(
-    content: Any,
-    layouts: Iterable[Layout],
-    *,
-    source: str,
-    checkpoint_key: str | None = None,
-    architecture: str | None = None,
-) -> Reading | None:
-    """A file's content read in the first layout that recognises it; None if none does.
-
-    content: what the file holds: tensors by name, or containers of them.
-    checkpoint_key: which of several networks in the file, such as `student`; None is what the official code evaluates.
-    architecture: the timm model it is said to belong to; a layout asks for it where its tensors leave two open.
-    Raises WeightsError if the file has no such network, or holds none at all (an optimiser, a linear probe).
-    """
-    state = state_in(content, source=source, checkpoint_key=checkpoint_key)
-    refuse_linear_probe(content, state, source=source)
-    return match(state, layouts, checkpoint_key=checkpoint_key, architecture=architecture)
-
-
 def match(
     state: State,
     layouts: Iterable[Layout],
@@ -230,7 +210,13 @@ def match(
     checkpoint_key: str | None = None,
     architecture: str | None = None,
 ) -> Reading | None:
-    """A state dict read in the first layout that recognises it; None if none does."""
+    """A state dict read in the first layout that recognises it; None if none does.
+
+    checkpoint_key: which of several networks in it, such as `momentum_encoder`; None is what the official code
+        evaluates.
+    architecture: the timm model it is said to belong to; a layout asks for it where its tensors leave two open.
+    Raises WeightsError for a file that lacks a tensor of the layout it is in.
+    """
     for layout in layouts:
         prefix = layout.prefix_in(state, checkpoint_key)
         if prefix is None:
