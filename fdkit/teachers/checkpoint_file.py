@@ -1,13 +1,11 @@
 """A file of weights as a backbone: recognised by its tensors, and checked against what it is said to be."""
 
 import logging
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fdkit.errors import ConfigError, WeightsError
@@ -25,7 +23,7 @@ from fdkit.teachers.official import LAYOUTS, Change, Network, Reading
 from fdkit.teachers.official._layout import Grid, State, match, nearest, refuse_linear_probe, state_in
 from fdkit.teachers.official.bias_tables import window_of
 from fdkit.teachers.request import Loaded, Request
-from fdkit.teachers.weights import WithoutInit, fit_library, load_whole
+from fdkit.teachers.weights import WithoutInit, fit_library, load_whole, resampled_positions
 
 logger = logging.getLogger("fdkit")
 
@@ -54,18 +52,15 @@ def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
     state = state_in(content, source=str(path), checkpoint_key=request.checkpoint_key)
     refuse_linear_probe(content, state, source=str(path))
     architecture = _architecture(request, row, path)
-    reads_by_library = architecture is not None and (
-        request.keep_head or architecture.startswith("open_clip:")
-    )
     reading = None
-    if not reads_by_library:
+    if architecture is None or not architecture.startswith("open_clip:"):
         reading = match(state, LAYOUTS, checkpoint_key=request.checkpoint_key, architecture=architecture)
-    if reading is not None:
+    if reading is not None and not (request.keep_head and architecture):
         loaded = load_reading(reading, request, row, architecture, source=str(path))
         is_assumed = row is None and architecture is None and reading.layout in UNSIGNED
         _say_statistics(loaded.backbone, loaded.layout, source=str(path), is_assumed=is_assumed)
     elif architecture is not None:
-        loaded = _load_by_library(state, request, architecture, source=str(path))
+        loaded = _load_by_library(state, request, row, architecture, reading, source=str(path))
     else:
         raise _unknown(path, state)
     if row is not None:
@@ -78,8 +73,7 @@ def load_reading(
     reading: Reading, request: Request, row: Entry | None, architecture: str | None, *, source: str
 ) -> Loaded:
     """A recognised file in its network; what it is said to be must agree with what it is."""
-    _refuse_other_layout(reading, row, source=source)
-    _refuse_other_args(reading, row, source=source)
+    _refuse_other_teacher(reading, row, source=source)
     network = reading.network
     size = request.image_size or (row.image_size if row else None)
     backbone = _network_of(reading, row, architecture, size)
@@ -107,23 +101,35 @@ def _network_of(reading: Reading, row: Entry | None, architecture: str | None, s
             backbone = build_teacher(network.architecture, size, args)
             changes |= {"mean": network.mean, "std": network.std}
         else:
-            own = row.official.model_args if row is not None and row.official is not None else {}
-            args = {**own, **_shared_args(network, architecture), **at_size}
+            args = {**_named_args(reading, row, architecture), **at_size}
             backbone = build_teacher(architecture, size, args)
     if row is not None:
         changes |= {"mean": row.mean, "std": row.std}
     return with_preprocessing(backbone, changes)
 
 
-def _load_by_library(state: State, request: Request, architecture: str, *, source: str) -> Loaded:
-    """A file that only the named architecture explains, through timm's or open_clip's own conversion."""
+def _load_by_library(
+    state: State,
+    request: Request,
+    row: Entry | None,
+    architecture: str,
+    reading: Reading | None,
+    *,
+    source: str,
+) -> Loaded:
+    """A file that only the named architecture explains, or whose classifier stays, through timm's or open_clip's own
+    conversion; what the file shows besides holds here too.
+    """
+    if reading is not None:
+        _refuse_other_teacher(reading, row, source=source)
     with WithoutInit():
         if architecture.startswith("open_clip:"):
             name = architecture.removeprefix("open_clip:")
             backbone = build_open_clip_teacher(*name.partition("/")[::2], request.image_size)
         else:
             refuse_wrong_activation(architecture)
-            backbone = build_teacher(architecture, request.image_size, keep_head=request.keep_head)
+            args = _named_args(reading, row, architecture)
+            backbone = build_teacher(architecture, request.image_size, args, keep_head=request.keep_head)
     hint = f"read as {architecture}; --arch NAME sets another"
     audit = fit_library(backbone, state, source=source, hint=hint)
     _say_statistics(backbone, architecture, source=source, is_assumed=False)
@@ -173,6 +179,12 @@ def _verify(path: Path, official: Official) -> None:
         verify(path, official.md5, algorithm="md5")
 
 
+def _refuse_other_teacher(reading: Reading, row: Entry | None, *, source: str) -> None:
+    """Refuses a file that is not of the teacher it is said to be."""
+    _refuse_other_layout(reading, row, source=source)
+    _refuse_other_args(reading, row, source=source)
+
+
 def _refuse_other_layout(reading: Reading, row: Entry | None, *, source: str) -> None:
     if row is None or row.official is None or reading.layout == row.official.layout:
         return
@@ -201,6 +213,12 @@ def _refuse_other_args(reading: Reading, row: Entry | None, *, source: str) -> N
             )
 
 
+def _named_args(reading: Reading | None, row: Entry | None, architecture: str) -> dict[str, Any]:
+    """Arguments beside a named architecture: the catalog's, and what the file shows that the name leaves open."""
+    own = dict(row.official.model_args) if row is not None and row.official is not None else {}
+    return own | (_shared_args(reading.network, architecture) if reading is not None else {})
+
+
 def _shared_args(network: Network, architecture: str) -> dict[str, Any]:
     """What a file shows that its named architecture leaves open: not its sizes, and nothing for another family."""
     import timm
@@ -218,7 +236,8 @@ def _shared_args(network: Network, architecture: str) -> dict[str, Any]:
 
 def _at_its_size(reading: Reading, backbone: Backbone) -> tuple[State, dict[str, Change]]:
     """The file's tensors with position tables for the network's grid, and the audit of those that changed."""
-    own, state, changed = backbone.network.state_dict(), dict(reading.state), {}
+    network: Any = backbone.network
+    own, state, changed = network.state_dict(), dict(reading.state), {}
     names = {change.became: change.key for change in reading.audit if change.became}
     for key in [key for key in state if key in own and state[key].shape != own[key].shape]:
         is_bias = key.endswith("relative_position_bias_table")
@@ -231,13 +250,12 @@ def _at_its_size(reading: Reading, backbone: Backbone) -> tuple[State, dict[str,
                 f"{reading.network.model_args.get('img_size', 'which the file does not show')}"
             )
         if is_bias:
-            attention = backbone.network.get_submodule(key.rpartition(".")[0])
+            attention = network.get_submodule(key.rpartition(".")[0])
             old, new = _windows(state[key], own[key], attention)
             state[key] = resample(state[key], old, new)
         else:
-            num_prefix, old, new = _grids(state[key], own[key], backbone.network)
-            patches = resample(state[key][:, num_prefix:], old, new)
-            state[key] = torch.cat([state[key][:, :num_prefix], patches], dim=1)
+            new = network.patch_embed.grid_size
+            state[key], old = resampled_positions(state[key], new, resample)
         reason = f"resampled from {_times(old)} to {_times(new)} as the official code does"
         changed[names[key]] = Change(names[key], key, reason)
     if changed:
@@ -251,14 +269,6 @@ def _windows(table: Tensor, own: Tensor, attention: Any) -> tuple[Grid, Grid]:
     num_class_rows = own.shape[0] - (2 * height - 1) * (2 * width - 1)
     side = window_of(table, num_class_rows)
     return (side, side), (height, width)
-
-
-def _grids(positions: Tensor, own: Tensor, network: Any) -> tuple[int, Grid, Grid]:
-    """How many rows of positions (1, P + h*w, D) stand before the patches', and the grids of file and network."""
-    height, width = network.patch_embed.grid_size
-    num_prefix = own.shape[1] - height * width
-    side = math.isqrt(positions.shape[1] - num_prefix)
-    return num_prefix, (side, side), (height, width)
 
 
 def _times(grid: Grid) -> str:

@@ -21,7 +21,7 @@ from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import check_state
 from fdkit.teachers.memory import mappings, own_copy
 from fdkit.teachers.official import Change
-from fdkit.teachers.official._layout import Resample
+from fdkit.teachers.official._layout import Grid, Resample
 
 logger = logging.getLogger("fdkit")
 
@@ -82,14 +82,15 @@ def fit_library(
     resample: how the authors' own code makes absolute positions for another input size; None is as the library does.
     Raises WeightsError as `load_whole`.
     """
-    network = backbone.network
+    network: Any = backbone.network
     own = network.state_dict()
     has_no_norm = backbone.recipe.get("model_args", {}).get("final_norm") is False
     rules = (*RULES, UNTRAINED_NORM) if has_no_norm else RULES
     _refuse_other_patch_size(own, state, source=source, hint=hint)
     tower, left_out = _image_tower(state, source=source)
     if resample is not None and "pos_embed" in tower:
-        tower["pos_embed"] = _resampled(tower["pos_embed"], network, resample)
+        grid = network.patch_embed.grid_size
+        tower["pos_embed"], _ = resampled_positions(tower["pos_embed"], grid, resample)
     try:
         converted = _converted(backbone, tower)
     except Exception as error:
@@ -121,15 +122,23 @@ def load_whole(network: nn.Module, state: State, *, source: str, hint: str = "")
 def check_finite(state: State, *, source: str) -> None:
     """Raises WeightsError naming the first tensor that holds NaN or infinity."""
     for key, value in state.items():
-        # One pass without a tensor of flags; a sum that overflows is looked at closely, and may be sound.
-        if not value.is_floating_point() or value.sum().isfinite():
-            continue
-        if not value.isfinite().all():
+        # The sum needs no tensor of flags; one that overflows is looked at closely, and may be sound.
+        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
             count = int((~value.isfinite()).sum())
             raise WeightsError(
                 f"{source}: {key} holds {count} values that are not finite, of {value.numel()}",
                 hint="the weights are damaged or their training diverged: get them again",
             )
+
+
+def resampled_positions(positions: Tensor, grid: Grid, resample: Resample) -> tuple[Tensor, Grid]:
+    """Absolute positions (1, P + h*w, D) for another grid, and the one they had; the P rows of prefix tokens stay."""
+    side = math.isqrt(positions.shape[1])
+    num_prefix, old = positions.shape[1] - side * side, (side, side)
+    if old == grid:
+        return positions, old
+    patches = resample(positions[:, num_prefix:], old, grid)
+    return torch.cat([positions[:, :num_prefix], patches], dim=1), old
 
 
 def _converted(backbone: Backbone, state: State) -> State:
@@ -140,17 +149,6 @@ def _converted(backbone: Backbone, state: State) -> State:
 
     open_clip.model.resize_pos_embed(state, SimpleNamespace(visual=backbone.network))
     return {key.removeprefix("visual."): value for key, value in state.items()}
-
-
-def _resampled(positions: Tensor, network: Any, resample: Resample) -> Tensor:
-    """Absolute positions (1, P + h*w, D) for the network's grid; the P rows of prefix tokens stay as they are."""
-    grid = tuple(network.patch_embed.grid_size)
-    side = math.isqrt(positions.shape[1])
-    num_prefix = positions.shape[1] - side * side
-    if (side, side) == grid:
-        return positions
-    patches = resample(positions[:, num_prefix:], (side, side), grid)
-    return torch.cat([positions[:, :num_prefix], patches], dim=1)
 
 
 def _timm_converted(backbone: Backbone, state: State) -> State:

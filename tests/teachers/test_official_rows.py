@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdkit.errors import ConfigError, WeightsError
+from fdkit.models.vit import sincos_position
 from fdkit.teachers import model
 from fdkit.teachers.catalog import CATALOG, list_teachers
 from fdkit.teachers.checkpoint_file import _refuse_other_args
@@ -215,3 +216,20 @@ def test_a_file_that_shows_another_window_or_heads_is_not_the_teacher(
         return
     with pytest.raises(WeightsError, match=words):
         _refuse_other_args(reading, CATALOG[name], source="x.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_head", [False, True])
+def test_a_kept_classifier_changes_nothing_else(
+    keep_head: bool, mocov3_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Fixed row-first positions mean MoCo v3, hence 12 heads, with the classifier or without."""
+    patches = sincos_position((14, 14), 384, first="row")
+    state = mocov3_state | {"pos_embed": torch.cat([torch.zeros(1, 384), patches]).unsqueeze(0)}
+    path = tmp_path / "x.pth"
+    torch.save(state | filled({"head.weight": (1000, 384), "head.bias": (1000,)}), path)
+    teacher = load_teacher(str(path), architecture="vit_small_patch16_224", keep_head=keep_head)
+    assert teacher.backbone.network.blocks[0].attn.num_heads == 12
+    assert (teacher.backbone.logits_of is not None) == keep_head
+    with pytest.raises(WeightsError, match="is not dinov2_vits"):
+        load_teacher(str(path), architecture="dinov2_vits", keep_head=keep_head)
