@@ -1,12 +1,14 @@
 """Configuration: recipes (strict YAML) and flags become one frozen, validated model."""
 
+import copy
 import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fdkit.errors import ConfigError, did_you_mean
@@ -24,6 +26,25 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 Values = dict[str, Any]
+
+
+def with_defaults(kind: type[C], defaults: Values) -> type[C]:
+    """The same kind of configuration with other defaults; its fields, their rules and words stay."""
+    if not defaults:
+        return kind
+    unknown = defaults.keys() - kind.model_fields.keys()
+    assert not unknown, f"{kind.__name__} has no fields {sorted(unknown)}"
+    fields: Any = {
+        name: (kind.model_fields[name].rebuild_annotation(), _with_default(kind.model_fields[name], value))
+        for name, value in defaults.items()
+    }
+    return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields)
+
+
+def _with_default(field: FieldInfo, value: Any) -> FieldInfo:
+    other = copy.copy(field)
+    other.default, other.default_factory = value, None
+    return other
 
 
 class _StrictLoader(yaml.SafeLoader):

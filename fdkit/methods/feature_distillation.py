@@ -99,6 +99,7 @@ class FeatureDistillation(Method):
         self.student = student
         self.views = views
         self.config = config
+        self.compares_images = config.whitening == "batch"
         self.teacher_weights = normalised_weights(config.teacher_weights, len(teachers))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -1,14 +1,18 @@
 """An image model that reads [0, 1] images and returns its final tokens, whatever library it comes from."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fdkit.errors import ConfigError
 from fdkit.models.folding import Statistics, fold, folded_statistics
+
+Pooling = Literal["cls", "patches"]
+T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
@@ -26,7 +30,7 @@ class Tokens(NamedTuple):
         return torch.cat([self.prefix, self.patches], dim=1)
 
 
-def pool(tokens: Tokens, pooling: Literal["cls", "patches"]) -> Tensor:
+def pool(tokens: Tokens, pooling: Pooling) -> Tensor:
     """One vector an image, (B, C): the class token, or the mean of the patch tokens.
 
     Raises ConfigError for "cls" when the model has no class token.
@@ -93,6 +97,10 @@ class Backbone(nn.Module):
         self.preprocessing = preprocessing
         self.recipe = {**recipe, "preprocessing": preprocessing.to_json()}
         self.statistics = Statistics(preprocessing.mean, preprocessing.std)
+        self.sizes: tuple[int, ...] = ()
+        """Further image sizes that the network takes as they are."""
+        self.num_parts = 1
+        """Parts a batch goes through the network in; more cost a second forward pass and save its memory."""
 
     @property
     def image_size(self) -> int:
@@ -126,7 +134,8 @@ class Backbone(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB in [0, 1] and of any float dtype, resized if needed, minus mean over std.
 
-        Images of another size than `image_size` are resized (bicubic, antialiased). Float32 or wider.
+        Images of another size than `image_size`, or one of `sizes`, are resized (bicubic, antialiased). Float32 or
+        wider.
         """
         normalised: Tensor = self.statistics(self._resized(images))
         return normalised
@@ -134,7 +143,7 @@ class Backbone(nn.Module):
     def _resized(self, images: Tensor) -> Tensor:
         images = images.to(self.mean.dtype)
         size = (self.image_size, self.image_size)
-        if images.shape[-2:] == size:
+        if tuple(images.shape[-2:]) in {size, *((other, other) for other in self.sizes)}:
             return images
         return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
@@ -152,7 +161,26 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tokens:
         """Final tokens of images (B, 3, H, W), RGB in [0, 1]."""
+        parts = self._in_parts(self._tokens, images)
+        if len(parts) == 1:
+            return parts[0]
+        prefixes, patches, grids = zip(*parts, strict=True)
+        return Tokens(torch.cat(prefixes), torch.cat(patches), grids[0])
+
+    def pooled(self, images: Tensor, pooling: Pooling) -> Tensor:
+        """What `pool` makes of the final tokens, (B, C), of images (B, 3, H, W), RGB in [0, 1]."""
+        return torch.cat(self._in_parts(lambda part: pool(self._tokens(part), pooling), images))
+
+    def _tokens(self, images: Tensor) -> Tokens:
         return self.tokens_of(self.network, self._network_input(images))
+
+    def _in_parts(self, compute: Callable[[Tensor], T], images: Tensor) -> list[T]:
+        """What `compute` makes of each part of a batch; activations of one part at a time live, and are made twice."""
+        if self.num_parts == 1:
+            return [compute(images)]
+        if not torch.is_grad_enabled():
+            return [compute(part) for part in images.chunk(self.num_parts)]
+        return [checkpoint(compute, part, use_reentrant=False) for part in images.chunk(self.num_parts)]
 
     def encode_layers(self, images: Tensor, layers: Sequence[int], *, norm: bool) -> tuple[Tokens, ...]:
         """Tokens of any layers, for images (B, 3, H, W), RGB in [0, 1]; the rest is as for `layers.layer_tokens`."""

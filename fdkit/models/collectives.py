@@ -33,6 +33,27 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
+def gather_rows_with_gradient(rows: Tensor) -> Tensor:
+    """The rows of all ranks, rank 0 first: (B, ...) becomes (B * world_size, ...).
+
+    Gradients go back to the rank that owns a row, summed over all ranks that use it.
+    """
+    if world_size() == 1:
+        return rows
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks; detached."""
+    values = values.detach()
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean of a tensor over all ranks; gradients go back to every rank's values."""
     if world_size() == 1:
@@ -55,3 +76,19 @@ class _SumOverRanks(torch.autograd.Function):
         total = grad.clone()
         dist.all_reduce(total)
         return total
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; every rank's loss may use a row, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = len(rows)
+        return gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        first = rank() * ctx.num_rows
+        return total[first : first + ctx.num_rows]

@@ -171,9 +171,14 @@ def save_backbone(backbone: Backbone, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.network.state_dict().items()}
-    _write_whole(folder / WEIGHTS_FILE, safetensors.torch.save(state, metadata={"format": "pt"}))
+    save_tensors(folder / WEIGHTS_FILE, state)
     recipe = json.dumps(backbone.recipe, indent=2) + "\n"
     _write_whole(folder / RECIPE_FILE, recipe.encode())
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes named tensors as safetensors; the file appears whole or not at all."""
+    _write_whole(path, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def load_backbone(folder: Path) -> Backbone:

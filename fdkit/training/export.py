@@ -1,24 +1,44 @@
 """What a finished run hands on: the student, and a card that says where it comes from."""
 
+from pathlib import Path
 from typing import Any
 
 from fdkit.methods._method import Method
-from fdkit.models.libraries import save_backbone
+from fdkit.models.libraries import save_backbone, save_tensors
 from fdkit.teachers.licensing import combined_terms, recorded_teachers, terms_of_identity
 from fdkit.training.checkpoint import write_whole
 from fdkit.training.run import Run
 
+HEADS_FILE = "heads.safetensors"
+
 
 def export_student(method: Method, run: Run) -> None:
-    """Write student.safetensors, student.json and MODEL_CARD.md into the run folder."""
+    """Write student.safetensors, student.json, MODEL_CARD.md and what else was learned into the run folder.
+
+    The last, heads.safetensors, holds the method's tensors outside the exported network under the method's own names,
+    such as a decoder; there is none if nothing is left.
+    """
     if run.writes:
-        save_backbone(method.student, run.folder)
+        save_backbone(method.exported, run.folder)
+        save_heads(method, run.folder / HEADS_FILE)
         write_whole(run.folder / "MODEL_CARD.md", model_card(method, run))
+
+
+def save_heads(method: Method, path: Path) -> None:
+    """Write every tensor of a method that is no part of the exported network."""
+    exported = {id(tensor) for tensor in method.exported.state_dict(keep_vars=True).values()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in method.state_dict(keep_vars=True).items()
+        if id(tensor) not in exported
+    }
+    if tensors:
+        save_tensors(path, tensors)
 
 
 def model_card(method: Method, run: Run) -> str:
     """The card in Markdown: what the student is, its teachers and their licences, images, recipe and last metrics."""
-    facts, student = run.facts, method.student
+    facts, student = run.facts, method.exported
     architecture = student.recipe.get("architecture", type(student.network).__name__)
     num_parameters = sum(parameter.numel() for parameter in student.network.parameters())
     teachers = recorded_teachers(facts)

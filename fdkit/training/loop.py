@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fdkit.data.loader import BadImages, Batch, LoaderConfig, training_batches
 from fdkit.data.sources import ImageSource
 from fdkit.errors import ConfigError, NumericsError, PreemptedError, ResourceError, WeightsError
-from fdkit.methods._method import Method
+from fdkit.methods._method import Duration, Method
+from fdkit.models.backbone import Backbone
 from fdkit.training.checkpoint import Checkpoint, load_checkpoint, newest_sound, save_checkpoint
 from fdkit.training.distributed import World, broadcast, current_world, gather, process_group, wait_for_all
 from fdkit.training.export import export_student
@@ -43,6 +44,7 @@ from fdkit.training.optimizer import (
 from fdkit.training.plan import Plan, TrainConfig, describe_plan, make_plan
 from fdkit.training.progress import Clock, Progress
 from fdkit.training.run import Run
+from fdkit.training.schedule import half_cosine
 from fdkit.training.stop import StopRequest
 from fdkit.training.votes import Verdict, Votes, Window
 
@@ -119,7 +121,7 @@ class Trainer:
         self.run = run
         self.plan = plan
         self.config = train
-        self.clip_grad = optim.clip_grad
+        self.optim = optim
         self.seed = seed
         self.world = world
         self.device = device
@@ -129,14 +131,27 @@ class Trainer:
         self.clock = Clock(plan.batch_size)
         if train.activation_checkpointing:
             checkpoint_activations(method)
-        if train.accumulate > 1 and any(isinstance(part, _BatchNorm) for part in method.modules()):
+        if train.cached_batch:
+            cache_batch(method, train.accumulate)
+        self.num_parts = 1 if train.cached_batch else train.accumulate
+        if self.num_parts > 1 and any(isinstance(part, _BatchNorm) for part in method.modules()):
             log.warning(
                 "train.accumulate %d: batch statistics are those of parts of %d images",
                 train.accumulate,
                 plan.micro_batch_size * world.size,
             )
+        method.begin(
+            Duration(
+                num_steps=plan.num_steps,
+                steps_per_epoch=plan.steps_per_epoch,
+                batch_size=plan.batch_size,
+                part_size=plan.batch_size // (world.size * self.num_parts),
+                world_size=world.size,
+            )
+        )
         self.optimizer = build_optimizer(method, optim)
         self.parameters = trained_parameters(self.optimizer)
+        self.first_layer = first_matrix(method.student.network)
         refuses_bad = device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW)
         self.votes = Votes(world, device, lag=1 if refuses_bad else 0)
         self.module = self._parallel(method)
@@ -158,11 +173,11 @@ class Trainer:
     def update(self, batch: Batch) -> list[Verdict]:
         """One optimiser update; what is known by now about this step and those before."""
         progress = self.step / self.plan.num_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.schedule(self.step)
+        self.set_rates(progress)
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self.backward(self.views(batch), progress)
-        metrics["grad_norm"] = self.clip()
+        self.method.before_step(progress)
+        metrics |= self.clip()
         bad = ~(metrics["loss"] + metrics["grad_norm"]).isfinite()
         bad = self.votes.cast(
             self.step, batch.indices, bad, stop=self.stop.requested, save=self.save_is_due()
@@ -178,6 +193,14 @@ class Trainer:
         self.step += 1
         return verdicts
 
+    def set_rates(self, progress: float) -> None:
+        """Learning rate and weight decay of every group, for the step to come."""
+        schedule, optim = self.plan.schedule, self.optim
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.peak_lr if group["constant_lr"] else schedule(self.step)
+            if optim.weight_decay_end is not None and group["is_decayed"]:
+                group["weight_decay"] = half_cosine(optim.weight_decay, optim.weight_decay_end, progress)
+
     def views(self, batch: Batch) -> list[Tensor]:
         """The batch's views on the device, (b, 3, H, W) in [0, 1] each."""
         crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
@@ -186,7 +209,7 @@ class Trainer:
 
     def backward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
         """Add the gradient of the mean loss over the parts of the batch; means of the method's scalars."""
-        num_parts = self.config.accumulate
+        num_parts = self.num_parts
         means: dict[str, Tensor] = {}
         for part, micro in enumerate(zip(*(view.chunk(num_parts) for view in views), strict=True)):
             more = part + 1 < num_parts
@@ -204,12 +227,18 @@ class Trainer:
                 means[name] = means[name] + value if name in means else value
         return means
 
-    def clip(self) -> Tensor:
-        """Scale the gradient down to the largest norm allowed; its norm before."""
-        if self.clip_grad is not None:
-            return nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+    def clip(self) -> dict[str, Tensor]:
+        """Scale gradients down to the largest norm allowed; norms before: of all, its maximum, the first layer's."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return nn.utils.get_total_norm(gradients)
+        norms = {"grad_norm": nn.utils.get_total_norm(gradients)}
+        norms["grad_norm_max"] = norms["grad_norm"]
+        if self.first_layer is not None and self.first_layer.grad is not None:
+            norms["first_layer_grad_norm_max"] = self.first_layer.grad.norm()
+        if self.optim.clip_grad is not None and self.optim.clip_each_parameter:
+            clip_each(gradients, self.optim.clip_grad)
+        elif self.optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_grad, norms["grad_norm"])
+        return norms
 
     def run_steps(self, loader: LoaderConfig, monitors: Sequence[Monitor], stop: StopRequest) -> None:
         """All steps that are left, with what is logged, measured and saved between them."""
@@ -395,6 +424,52 @@ class Trainer:
             f"the batch is listed in {path}; a lower --optim.lr, a longer --optim.warmup-epochs or "
             "--train.precision fp32 may help; --resume continues from the last checkpoint",
         )
+
+
+def first_matrix(network: nn.Module) -> nn.Parameter | None:
+    """The weight of the first layer that trains: in a ViT the patch projection, or what follows a frozen one."""
+    matrices = (
+        parameter
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad and parameter.ndim > 1 and name.endswith("weight")
+    )
+    return next(matrices, None)
+
+
+def clip_each(gradients: list[Tensor], max_norm: float) -> None:
+    """Scale each gradient down to a norm of max_norm, in place. Source: facebookresearch/dino, utils.py."""
+    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
+    torch._foreach_mul_(gradients, factors)
+
+
+def cache_batch(method: Method, num_parts: int) -> None:
+    """Have images go through the networks in parts, while heads and loss see the whole batch.
+
+    The networks run twice, without and with gradient, and keep the activations of one part (Gao et al. 2021,
+    GradCache). Raises ConfigError where that would have no effect, or change what a network's batch norms see.
+    """
+    if num_parts == 1:
+        raise ConfigError(
+            "train.cached_batch has no effect with train.accumulate 1",
+            "name the parts a batch is taken in: --train.accumulate 8",
+        )
+    if not method.compares_images:
+        raise ConfigError(
+            "train.cached_batch has no effect: this method compares no images with each other",
+            "use train.accumulate alone, which gives the same gradient at less cost",
+        )
+    backbones = [part for part in method.modules() if isinstance(part, Backbone)]
+    norms = {
+        type(part).__name__ for one in backbones for part in one.modules() if isinstance(part, _BatchNorm)
+    }
+    if norms:
+        raise ConfigError(
+            f"train.cached_batch: the network has batch norms ({', '.join(sorted(norms))}), which must see the whole "
+            "batch at once",
+            "use a network without them, such as a ViT with stem patch, or more devices",
+        )
+    for backbone in backbones:
+        backbone.num_parts = num_parts
 
 
 def checkpoint_activations(method: Method) -> None:

@@ -1,16 +1,18 @@
 """Optimisers and which parameters they decay."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fdkit.config import Config
+from fdkit.errors import ConfigError
 
 DecayRule = Literal["none", "1d", "1d+tokens"]
+Shape = Literal["cosine", "steps", "constant"]
 
 TOKEN_NAMES = ("pos_embed", "cls_token")
 SWIN_POSITION_NAMES = ("cpb_mlp", "rpe_mlp", "logit_scale", "relative_position_bias_table")
@@ -19,28 +21,58 @@ SWIN_POSITION_NAMES = ("cpb_mlp", "rpe_mlp", "logit_scale", "relative_position_b
 class OptimizerConfig(Config):
     """The optimiser and its learning-rate schedule (linear warm-up, then half a cosine, an update at a time)."""
 
-    name: Literal["adamw", "lars", "lamb"] = "adamw"
-    """AdamW; LARS as in MoCo v3 (vectors neither decayed nor rescaled); or timm's LAMB."""
+    name: Literal["adamw", "sgd", "lars", "larc", "lamb"] = "adamw"
+    """AdamW; SGD with momentum; LARS as in MoCo v3 (vectors neither decayed nor rescaled); LARC as in SwAV (every
+    tensor rescaled); or timm's LAMB."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate for a global batch of lr_reference_batch images."""
     lr_reference_batch: int | None = Field(512, gt=0)
     """lr, warmup_lr and min_lr are given for this batch size and scale with the real one; null: used as given."""
+    scale_min_lr: bool = True
+    """Whether min_lr scales with the batch too; false in DINO."""
+    lr_schedule: Shape = "cosine"
+    """After the warm-up: half a cosine to min_lr, a tenth at each of lr_steps, or constant."""
+    lr_steps: tuple[float, ...] = ()
+    """Epochs at which the schedule "steps" takes a tenth of the learning rate."""
+    lr_update: Literal["step", "epoch"] = "step"
+    """How often the learning rate changes after the warm-up; once an epoch in SimSiam and MoCo v1 and v2."""
+    constant_lr: tuple[str, ...] = ()
+    """Parts of the method that keep the peak learning rate, by the beginning of their parameters' names: predictor."""
     weight_decay: float = Field(0.05, ge=0)
     """Decay of the parameters that decay_exempt leaves in; decoupled from the gradient in AdamW."""
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Weight decay at the end, reached along half a cosine without warm-up, as in DINO; null: constant."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's and LAMB's two moments."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of LARS."""
+    """Momentum of SGD, LARS and LARC."""
     decay_exempt: DecayRule = "1d+tokens"
     """Not decayed: nothing; vectors and biases; or also position embeddings, class token, Swin's position terms."""
     clip_grad: float | None = Field(3.0, gt=0)
     """Largest global gradient norm; longer gradients are scaled down to it; null: off."""
+    clip_each_parameter: bool = False
+    """Clip each parameter's gradient by its own norm, as DINO does, rather than all by the global one."""
     warmup_epochs: float = Field(10, ge=0)
     """Epochs of linear warm-up from warmup_lr to lr."""
+    warmup_reaches_peak: bool = False
+    """Reach lr at the last step of the warm-up, as DINO and SwAV do, rather than at the step after it."""
     warmup_lr: float = Field(5e-7, ge=0)
     """Learning rate of the first update, before scaling by the batch size."""
     min_lr: float = Field(5e-6, ge=0)
     """Learning rate the cosine ends at, before scaling by the batch size."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if (self.lr_schedule == "steps") != bool(self.lr_steps):
+            raise ConfigError(
+                f"optim.lr_schedule {self.lr_schedule} and optim.lr_steps {list(self.lr_steps)} do not go together",
+                "name the epochs with --optim.lr-steps for the schedule steps, and for no other",
+            )
+        if self.clip_each_parameter and self.clip_grad is None:
+            raise ConfigError(
+                "optim.clip_each_parameter has no effect without optim.clip_grad", "use --optim.clip-grad 3"
+            )
+        return self
 
 
 class Lars(Optimizer):
@@ -94,8 +126,13 @@ def _swin_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." if name else "" for name in roots)
 
 
-def decay_groups(model: nn.Module, rule: DecayRule, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, rule: DecayRule, weight_decay: float, *, constant_lr: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Parameter groups of what the model trains: the decayed, then the exempt; empty groups are left out.
+
+    constant_lr: beginnings of names of parameters that form groups of their own, marked "constant_lr".
+    Raises ConfigError if no trained parameter begins with one of them.
 
     A ViT's relative position bias table is a matrix and is decayed, also where timm's `no_weight_decay` lists
     it. Source: Feature Distillation's optimiser code.
@@ -112,14 +149,28 @@ def decay_groups(model: nn.Module, rule: DecayRule, weight_decay: float) -> list
         in_swin = any(name.startswith(prefix) for prefix in swin)
         return name.endswith(TOKEN_NAMES) or (in_swin and any(part in name for part in SWIN_POSITION_NAMES))
 
-    groups: tuple[dict[str, Any], ...] = (
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[exempt(name, parameter)]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (keeps, is_exempt): [] for keeps in (False, True) for is_exempt in (False, True)
+    }
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for prefix in constant_lr:
+        if not any(name.startswith(prefix) for name in trained):
+            parts = sorted({name.partition(".")[0] for name in trained})
+            raise ConfigError(
+                f"optim.constant_lr {prefix}: no trained parameter begins so", f"known: {', '.join(parts)}"
+            )
+    for name, parameter in trained.items():
+        groups[name.startswith(tuple(constant_lr)), exempt(name, parameter)].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_exempt else weight_decay,
+            "is_decayed": not is_exempt,
+            "constant_lr": keeps,
+        }
+        for (keeps, is_exempt), parameters in groups.items()
+        if parameters
+    ]
 
 
 def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -129,12 +180,18 @@ def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The configured optimiser over what the model trains; the loop sets its learning rate at every step."""
-    groups = decay_groups(model, config.decay_exempt, config.weight_decay)
+    groups = parameter_groups(model, config.decay_exempt, config.weight_decay, constant_lr=config.constant_lr)
     assert groups, "a method trains at least one parameter"
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
     if config.name == "lars":
         return Lars(groups, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
+    if config.name == "larc":
+        from timm.optim.lars import Lars as Larc  # which divides by |g| + weight_decay * |w|, as LARC does
+
+        return Larc(groups, lr=config.lr, momentum=config.momentum, trust_coeff=1e-3, always_adapt=True)
     from timm.optim.lamb import Lamb
 
     # Clipping is the loop's: timm's LAMB would clip a second time, at norm 1.

@@ -27,7 +27,10 @@ class TrainConfig(Config):
     batch_size: int = Field(2048, gt=0)
     """Images an update, over all processes."""
     accumulate: int = Field(1, gt=0)
-    """Parts a process takes its share of a batch in, to save memory; contrastive losses see one part at a time."""
+    """Parts a process takes its share of a batch in, to save memory; contrastive losses see one part at a time,
+    unless cached_batch is on."""
+    cached_batch: bool = False
+    """With accumulate: the network alone takes the batch in parts, twice; heads, gather and loss see all of it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks; auto: bf16 where the hardware computes in it, else fp32. Weights stay fp32."""
     activation_checkpointing: bool = False

@@ -1,6 +1,7 @@
 """What processes agree on and measure at every step without holding up the device."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +61,12 @@ class Votes:
         return verdicts
 
 
+MAXIMUM = "_max"
+"""How the names of scalars end of which a line holds the largest, not the mean."""
+
+
 class Window:
-    """Sums of the steps' scalars since the last logged line; they stay on the device until read."""
+    """Sums of the steps' scalars since the last logged line, or maxima; they stay on the device until read."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -71,15 +76,31 @@ class Window:
         """Count one step's scalars."""
         for name, value in metrics.items():
             value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            if name not in self.sums:
+                self.sums[name] = value
+            elif name.endswith(MAXIMUM):
+                self.sums[name] = torch.maximum(self.sums[name], value)
+            else:
+                self.sums[name] = self.sums[name] + value
         self.count += 1
 
     def read(self, world: World) -> dict[str, float]:
-        """Means over the steps and processes, and begin anew."""
-        means = reduce_mean(torch.stack(list(self.sums.values())), world) / self.count
-        values = dict(zip(self.sums, means.tolist(), strict=True))
+        """Means, or maxima, over the steps and processes, and begin anew."""
+        maxima = [name for name in self.sums if name.endswith(MAXIMUM)]
+        means = [name for name in self.sums if name not in maxima]
+        values = self._reduced(means, reduce_mean, world, divisor=self.count)
+        values |= self._reduced(maxima, reduce_max, world)
+        values = {name: values[name] for name in self.sums}
         self.sums, self.count = {}, 0
         return values
+
+    def _reduced(
+        self, names: list[str], reduce: Callable[[Tensor, World], Tensor], world: World, *, divisor: int = 1
+    ) -> dict[str, float]:
+        if not names:
+            return {}
+        numbers = reduce(torch.stack([self.sums[name] for name in names]), world) / divisor
+        return dict(zip(names, numbers.tolist(), strict=True))
 
     def numbers(self) -> dict[str, Any]:
         """The window as plain JSON, exact."""

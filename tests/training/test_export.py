@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from training_toys import CONFIG_YAML, ToyMethod
 
-from fdkit.training.export import export_student, model_card
+from fdkit.training.export import export_student, model_card, save_heads
 from fdkit.training.run import Run
 
 FREE: dict[str, Any] = {
@@ -59,3 +59,13 @@ def test_the_student_and_its_card_are_written(tmp_path: Path) -> None:
     names = {path.name for path in tmp_path.iterdir()}
     assert {"student.safetensors", "student.json", "MODEL_CARD.md"} <= names
     assert "cc-by-nc-4.0" in (tmp_path / "MODEL_CARD.md").read_text()
+
+
+def test_what_else_was_learned_is_kept_under_the_methods_names(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    method = ToyMethod()
+    save_heads(method, tmp_path / "heads.safetensors")
+    heads = safetensors.torch.load_file(tmp_path / "heads.safetensors")
+    assert sorted(heads) == ["slow", "target"]
+    assert heads["target"].equal(method.target)

@@ -12,14 +12,14 @@ from fdkit.training.optimizer import (
     Lars,
     OptimizerConfig,
     build_optimizer,
-    decay_groups,
     load_optimizer_tensors,
     optimizer_tensors,
+    parameter_groups,
 )
 
 
 def exempt_names(model: nn.Module, rule: str) -> set[str]:
-    groups = decay_groups(model, rule, 0.05)  # type: ignore[arg-type]
+    groups = parameter_groups(model, rule, 0.05)  # type: ignore[arg-type]
     exempt = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
     return {name for name, parameter in model.named_parameters() if id(parameter) in exempt}
@@ -65,7 +65,7 @@ def test_rules_without_tokens(vit: nn.Module) -> None:
 
 def test_frozen_parameters_are_in_no_group(vit: nn.Module) -> None:
     vit.student.patch_embed.proj.weight.requires_grad_(False)  # type: ignore[union-attr]
-    named = decay_groups(vit, "1d", 0.05)
+    named = parameter_groups(vit, "1d", 0.05)
     assert all(p.requires_grad for group in named for p in group["params"])
     vit.student.patch_embed.proj.weight.requires_grad_(True)  # type: ignore[union-attr]
 
@@ -123,7 +123,7 @@ def test_lars_equals_a_naive_one(shape: tuple[int, ...], start: str) -> None:
     torch.testing.assert_close(parameter.detach().flatten(), torch.tensor(values, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars", "lamb"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars", "larc", "lamb"])
 def test_state_survives_as_plain_tensors(name: str) -> None:
     def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(2)
@@ -158,5 +158,52 @@ def test_lamb_does_not_clip_a_second_time() -> None:
 
 
 def test_an_unknown_optimiser_is_refused() -> None:
-    with pytest.raises(ConfigError, match="name: 'sgd': input should be 'adamw', 'lars' or 'lamb'"):
-        validate(OptimizerConfig, {"name": "sgd"}, "flags")
+    wanted = "name: 'adam': input should be 'adamw', 'sgd', 'lars', 'larc' or 'lamb'"
+    with pytest.raises(ConfigError, match=wanted):
+        validate(OptimizerConfig, {"name": "adam"}, "flags")
+
+
+def test_larc_rescales_every_tensor_by_its_norms_as_apex_does() -> None:
+    layer = nn.Linear(3, 2).double()
+    config = OptimizerConfig(name="larc", lr=0.3, weight_decay=0.2, momentum=0.9, decay_exempt="none")
+    optimizer = build_optimizer(layer, config)
+    values = [parameter.detach().clone() for parameter in layer.parameters()]
+    velocities = [torch.zeros_like(value) for value in values]
+    for _ in range(3):
+        for value, velocity, parameter in zip(values, velocities, layer.parameters(), strict=True):
+            gradient = parameter.grad = torch.randn_like(parameter)
+            trust = 0.001 * value.norm() / (gradient.norm() + 0.2 * value.norm() + 1e-8)
+            velocity.mul_(0.9).add_(trust * (gradient + 0.2 * value))
+            value -= 0.3 * velocity
+        optimizer.step()
+    for value, parameter in zip(values, layer.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_sgd_adds_the_decay_to_the_gradient() -> None:
+    layer = nn.Linear(3, 2, bias=False).double()
+    start = layer.weight.detach().clone()
+    optimizer = build_optimizer(layer, OptimizerConfig(name="sgd", lr=0.3, weight_decay=0.2, momentum=0.5))
+    gradient = layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), start - 0.3 * (gradient + 0.2 * start))
+
+
+def test_named_parts_stand_in_groups_of_their_own() -> None:
+    model = Wrapped(nn.Linear(3, 4))
+    groups = parameter_groups(model, "1d", 0.05, constant_lr=["decoder"])
+    kinds = [(group["constant_lr"], group["is_decayed"], group["weight_decay"]) for group in groups]
+    assert kinds == [(False, True, 0.05), (False, False, 0.0), (True, True, 0.05), (True, False, 0.0)]
+    assert groups[2]["params"] == [model.decoder.weight]
+    with pytest.raises(ConfigError, match="constant_lr predictor: no trained parameter") as caught:
+        parameter_groups(model, "1d", 0.05, constant_lr=["predictor"])
+    assert caught.value.hint == "known: decoder, student"
+
+
+def test_settings_without_effect_are_refused() -> None:
+    with pytest.raises(ConfigError, match="lr_steps"):
+        OptimizerConfig(lr_steps=(60, 80))
+    with pytest.raises(ConfigError, match="lr_steps"):
+        OptimizerConfig(lr_schedule="steps")
+    with pytest.raises(ConfigError, match="clip_each_parameter has no effect"):
+        OptimizerConfig(clip_grad=None, clip_each_parameter=True)

@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
 from fdkit.training.optimizer import OptimizerConfig
-from fdkit.training.schedule import build_schedule
+from fdkit.training.schedule import build_schedule, half_cosine
 
 
 def test_equals_timms_scheduler_as_feature_distillation_sets_it_up() -> None:
@@ -45,3 +46,50 @@ def test_rises_then_falls_and_scales_all_three_rates_alike() -> None:
 def test_no_reference_batch_means_rates_as_given_and_no_warm_up_starts_at_the_peak() -> None:
     config = OptimizerConfig(lr=0.1, lr_reference_batch=None, warmup_epochs=0)
     assert build_schedule(config, batch_size=4096, steps_per_epoch=5, num_steps=10)(0) == 0.1
+
+
+def dinos_scheduler(base: float, final: float, *, start: float, warmup: int, total: int) -> list[float]:
+    """The values of a run, as the paper's code lists them beforehand."""
+    rising = np.linspace(start, base, warmup)
+    left = np.arange(total - warmup)
+    falling = final + 0.5 * (base - final) * (1 + np.cos(np.pi * left / len(left)))
+    return [*rising.tolist(), *falling.tolist()]
+
+
+def test_equals_dinos_list_whose_warm_up_ends_at_the_peak_and_whose_end_does_not_scale() -> None:
+    config = OptimizerConfig(
+        lr=5e-4, lr_reference_batch=256, warmup_epochs=3, warmup_lr=0, min_lr=1e-6,
+        scale_min_lr=False, warmup_reaches_peak=True,
+    )  # fmt: skip
+    schedule = build_schedule(config, batch_size=1024, steps_per_epoch=7, num_steps=70)
+    expected = dinos_scheduler(2e-3, 1e-6, start=0.0, warmup=21, total=70)
+    assert [schedule(step) for step in range(70)] == pytest.approx(expected)
+
+
+def test_steps_take_a_tenth_at_their_epochs() -> None:
+    config = OptimizerConfig(
+        lr=0.03, lr_reference_batch=None, warmup_epochs=0, lr_schedule="steps", lr_steps=(2, 3)
+    )
+    schedule = build_schedule(config, batch_size=8, steps_per_epoch=5, num_steps=20)
+    assert [schedule(step) for step in (0, 9, 10, 14, 15, 19)] == pytest.approx(
+        [0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003]
+    )
+
+
+def test_once_an_epoch_holds_the_cosines_value_at_its_start() -> None:
+    config = OptimizerConfig(lr=0.1, lr_reference_batch=None, warmup_epochs=0, min_lr=0, lr_update="epoch")
+    schedule = build_schedule(config, batch_size=8, steps_per_epoch=5, num_steps=20)
+    expected = [0.1 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4) for _ in range(5)]
+    assert [schedule(step) for step in range(20)] == pytest.approx(expected)
+
+
+def test_a_constant_rate_stays_after_the_warm_up() -> None:
+    config = OptimizerConfig(
+        lr=0.1, lr_reference_batch=None, warmup_epochs=1, warmup_lr=0, lr_schedule="constant"
+    )
+    schedule = build_schedule(config, batch_size=8, steps_per_epoch=2, num_steps=6)
+    assert [schedule(step) for step in range(6)] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1, 0.1])
+
+
+def test_half_a_cosine_goes_from_start_to_end() -> None:
+    assert [half_cosine(0.04, 0.4, share) for share in (0, 0.5, 1)] == pytest.approx([0.04, 0.22, 0.4])

@@ -1,0 +1,47 @@
+"""The contrast of queries and keys that several methods share: InfoNCE by cosine, in float32 or finer."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Contrast(NamedTuple):
+    """One direction of a contrast; three scalars, of which the loss alone has a gradient."""
+
+    loss: Tensor
+    positive_similarity: Tensor
+    """Mean cosine of a query and its own key."""
+    top1: Tensor
+    """Share of the queries nearest to their own key."""
+
+
+def info_nce(queries: Tensor, keys: Tensor, *, temperature: float, first_label: int = 0) -> Contrast:
+    """How well each query (B, d) picks its key among all keys (N, d), by cosine.
+
+    Row i belongs to key first_label + i; the loss is the mean over rows of
+    -log softmax(cosines / temperature)[first_label + i]. Source: van den Oord et al. 2018, equation 4.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        cosines = unit_rows(queries) @ unit_rows(keys).T  # (B, N)
+        labels = torch.arange(first_label, first_label + len(queries), device=queries.device)
+        loss = F.cross_entropy(cosines / temperature, labels)
+    cosines = cosines.detach()
+    positive_similarity = cosines.gather(1, labels[:, None]).mean()
+    return Contrast(loss, positive_similarity, (cosines.argmax(dim=1) == labels).float().mean())
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """Standard deviation over rows (B, d), scaled to length 1, averaged over the d components; a scalar.
+
+    At most 1 / sqrt(d), for rows in all directions; 0 for equal rows, as in a collapse.
+    Source: Chen and He 2021 (SimSiam), section 4.1.
+    """
+    return unit_rows(features).std(dim=0, unbiased=False).mean()
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (B, d) scaled to length 1, in float32 or finer."""
+    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
