@@ -152,7 +152,9 @@ class Trainer:
         self.optimizer = build_optimizer(method, optim)
         self.parameters = trained_parameters(self.optimizer)
         self.first_layer = first_matrix(method.student.network)
-        refuses_bad = device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW)
+        refuses_bad = device.type == "cuda" and isinstance(
+            self.optimizer, (torch.optim.AdamW, torch.optim.SGD)
+        )
         self.votes = Votes(world, device, lag=1 if refuses_bad else 0)
         self.module = self._parallel(method)
         self._last_save = time.monotonic()
@@ -186,7 +188,7 @@ class Trainer:
         for verdict in verdicts:
             if verdict.is_bad:
                 raise self.not_finite(verdict, metrics)
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW makes no update where this is 1
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW and SGD make no update where this is 1
         self.optimizer.step()
         self.method.after_step(progress)
         self.window.add(metrics)
@@ -247,6 +249,9 @@ class Trainer:
         progress = Progress(self.plan.num_steps, self.step, visible=self.world.is_main)
         bad_images = BadImages(self.source, loader.max_bad_ratio)
         try:
+            if self.step == 0:
+                for monitor in monitors:
+                    self.measure(monitor)
             for batch in self.timed(self.batches(loader, bad_images)):
                 verdicts = self.update(batch)
                 self.clock.finished_step()

@@ -26,7 +26,7 @@ class Votes:
     """Three flags a step, maximised over the processes, and read without holding up the device.
 
     lag: 0 reads a step's flags at once. 1 reads those of the step before, which the device has long computed; the
-    optimiser must then itself refuse a bad update, as fused AdamW does by its `found_inf`.
+    optimiser must then itself refuse a bad update, as fused AdamW and SGD do by their `found_inf`.
     """
 
     def __init__(self, world: World, device: torch.device, *, lag: int) -> None:
