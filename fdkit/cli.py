@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command is known, so that `fdkit --help` answers at once.
 """
 
+import ast
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 from fdkit import __version__
@@ -43,7 +45,7 @@ COMMANDS = {
         "evaluation",
     ),
     "analyze": CommandEntry(
-        "See what differs between models: attention-distance.",
+        "See what differs between models, or what one has learnt.",
         "fdkit analyze attention-distance MODEL [MODEL ...] --data PATH",
         "analysis",
     ),
@@ -113,13 +115,26 @@ def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:
     """The plug-in asked for, such as knn; its file name is its name."""
     choices = import_module(f"fdkit.commands.{name}").choices()
     if not rest or rest[0] in {"-h", "--help"}:
-        print(f"{entry.summary}\n\nusage: {entry.usage}\n\nchoices: {', '.join(choices)}")
+        print(f"{entry.summary}\n\nusage: {entry.usage}\n\n{_described(entry.choices, choices)}")
+        if recipes := [recipe.partition("/")[2] for recipe in recipe_names() if recipe.startswith(f"{name}/")]:
+            print("\n" + fill(f"recipes (--recipe NAME): {', '.join(recipes)}", width=100, subsequent_indent="  "))
         print(f"\nfdkit {name} {choices[0]} --help shows every option.")
         sys.exit(0 if rest else 2)
     if rest[0] not in choices:
         hint = did_you_mean(rest[0], choices) or f"choices: {', '.join(choices)}"
         raise ConfigError(f"fdkit {name} {rest[0]}: no such choice", hint)
     return rest[0]
+
+
+def _described(package: str, choices: Sequence[str]) -> str:
+    """A line for every plug-in: its name and the first sentence of its file, which is read but not run."""
+    folder = Path(__file__).parent / package
+    width = max(len(choice) for choice in choices)
+    lines = []
+    for choice in choices:
+        words = ast.get_docstring(ast.parse((folder / f"{choice.replace('-', '_')}.py").read_text())) or ""
+        lines.append(f"  {choice:<{width}}  {words.splitlines()[0]}")
+    return "\n".join(lines)
 
 
 def _parse(kind: type[Config], arguments: list[str], name: str, choice: str) -> Config:

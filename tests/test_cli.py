@@ -35,7 +35,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
         (["distil"], 2, "did you mean distill?"),
         (["evaluate", "knnn", "demo"], 2, "did you mean knn?"),
         (["analyze", "attention-distanc", "demo"], 2, "did you mean attention-distance?"),
-        (["pretrain", "mocov4"], 2, "did you mean mocov3?"),
+        (["pretrain", "mocov4"], 2, "did you mean mocov3 or mocov2 or mocov1?"),
         (["distill", "--teacher", "demo"], 2, "--data"),
         (
             ["distill", "--teacher", "demo", "--data", "digits", "--optim.weigth-decay", "1"],
@@ -70,7 +70,7 @@ def test_a_recipe_with_a_misspelt_field_is_refused_under_its_own_name(
     recipe.write_text("optim:\n  wieght_decay: 0.1\n")
     assert run("distill", "--teacher", "demo", "--data", "digits", "--recipe", str(recipe)) == 2
     assert (
-        f"{recipe}: optim.wieght_decay: unknown field; did you mean weight_decay?" in capsys.readouterr().err
+        f"{recipe}: optim.wieght_decay: unknown field; did you mean weight_decay or weight_decay_end?" in capsys.readouterr().err
     )
 
 
@@ -130,3 +130,14 @@ def test_a_batch_larger_than_the_data_names_the_flag(
     arguments = [*TINY, "--output", str(tmp_path / "run"), "--train.batch-size", "4096"]
     assert run("distill", *arguments) == 2
     assert "--train.batch-size" in capsys.readouterr().err
+
+
+def test_the_choices_of_a_command_come_with_what_they_are_and_the_recipes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("pretrain", "--help") == 0
+    text = capsys.readouterr().out
+    assert "  mocov3 " in text
+    assert "MoCo v3: contrastive learning of two views" in text
+    assert "recipes (--recipe NAME): " in text
+    assert "mocov3_vitb" in text
