@@ -1,7 +1,8 @@
 """What an analysis is: one file in this folder, whose name is its name on the command line.
 
-The file holds a Config of its own, `analyze(observed, config) -> Analysis`, and `draw(numbers, width)`, so that a
-report can draw a figure again from the saved numbers alone.
+The file holds a Config of its own, `analyze(observed, config) -> Analysis`, `draw(numbers, width)`, so that a report
+can draw a figure again from the saved numbers alone, and `summary(numbers)`: the title and the rows, header first, of a
+table for people.
 """
 
 from collections.abc import Callable

@@ -147,6 +147,24 @@ def _sum_over_images(
     return sums, num_images
 
 
+def summary(numbers: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """A table for people: its title, and its rows, the header first; the mean over heads of every layer."""
+    models = numbers["models"]
+    header = ["layer", *(model["name"] for model in models)]
+    rows = [
+        [str(layer + 1), *(_mean_of_heads(model, layer) for model in models)]
+        for layer in range(max(len(model["mean"]) for model in models))
+    ]
+    return f"{numbers['analysis']}, {numbers['unit']}s, mean of heads ± spread", [header, *rows]
+
+
+def _mean_of_heads(model: dict[str, Any], layer: int) -> str:
+    """Empty for a layer that the model does not have."""
+    if layer >= len(model["mean"]):
+        return ""
+    return f"{model['mean'][layer]:.1f} ± {model['head_std'][layer]:.1f}"
+
+
 @in_style
 def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     """Distance over depth, a panel a model with one distance axis for all: a dot a head, a line for their mean.

@@ -6,17 +6,23 @@ from typing import Any
 
 from pydantic import Field
 
+from fdkit.analysis._figure import save_figure
 from fdkit.commands._command import Command
 from fdkit.commands._monitor import MonitorConfig, build_monitor
 from fdkit.commands._outcome import Outcome
+from fdkit.commands._reconstructions import build_reconstructions
 from fdkit.config import to_yaml
 from fdkit.data.loader import LoaderConfig, steps_per_epoch
 from fdkit.data.sources import ImageSource, open_source
 from fdkit.methods._method import Method
+from fdkit.report.training_curves import training_figure
 from fdkit.training.distributed import local_device, process_group
-from fdkit.training.loop import TrainConfig, train
+from fdkit.training.loop import Monitor, TrainConfig, train
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.run import Run
+
+NUM_PICTURES = 20
+"""Pictures of reconstructions a run draws where the monitor's interval does not say."""
 
 
 class TrainingCommand(Command):
@@ -58,22 +64,43 @@ def run_training(
         method, facts = build(source)
         run.update(**facts)
         per_epoch = steps_per_epoch(source, config.train.batch_size)
-        monitors = build_monitor(config.monitor, config.data, steps_per_epoch=per_epoch, loader=config.loader)
-        train(
-            method,
-            source,
-            run,
-            train=config.train,
-            optim=config.optim,
-            loader=config.loader,
-            seed=config.seed,
-            device=device,
-            monitors=monitors,
-            handle_signals=handle_signals,
+        monitors: list[Monitor] = [
+            *build_monitor(
+                config.monitor, config.data, steps_per_epoch=per_epoch, loader=config.loader, source=source
+            )
+        ]
+        picture_epochs = config.monitor.every_epochs or config.train.epochs / NUM_PICTURES
+        every_steps = max(1, round(picture_epochs * per_epoch))
+        monitors += build_reconstructions(
+            method, source, folder, every_steps=every_steps, loader=config.loader
         )
-        last = run.metrics()[-1] if run.writes else {}
+        try:
+            train(
+                method,
+                source,
+                run,
+                train=config.train,
+                optim=config.optim,
+                loader=config.loader,
+                seed=config.seed,
+                device=device,
+                monitors=monitors,
+                handle_signals=handle_signals,
+            )
+        finally:
+            save_curves(run)
+        rows = run.metrics() if run.writes else []
+        last = next((row for row in reversed(rows) if "loss" in row), {})
     numbers = {"run": str(folder), "last": last}
     return Outcome(numbers, lambda: _show(folder))
+
+
+def save_curves(run: Run) -> None:
+    """Draw how the training went so far, as figures/training.svg and .png in the run folder."""
+    rows = run.metrics() if run.writes else []
+    if any("loss" in row for row in rows):
+        (run.folder / "figures").mkdir(exist_ok=True)
+        save_figure(training_figure(rows), run.folder / "figures" / "training")
 
 
 def _show(folder: Path) -> None:

@@ -85,7 +85,8 @@ def run(config: Any) -> Outcome:
     numbers = analysis.numbers | {"command": config.model_dump(mode="json")}
     write_result(files["json"], numbers)
     save_figure(analysis.figure(), folder / config.analysis)
-    return Outcome(numbers, lambda: _show(numbers, files))
+    summary = plugin("analysis", config.analysis).summary
+    return Outcome(numbers, lambda: _show(summary(numbers), files))
 
 
 def analyze(
@@ -100,23 +101,14 @@ def analyze(
     return run(resolve(config_class(analysis), values, "analyze", analysis)).numbers
 
 
-def _show(numbers: dict[str, Any], files: dict[str, Path]) -> None:
-    """The mean over heads of every layer, a column a model, and where the files are."""
-    models = numbers["models"]
-    table = Table(
-        title=f"{numbers['analysis']}, {numbers['unit']}s, mean of heads ± spread", title_justify="left"
-    )
-    table.add_column("layer", justify="right")
-    for model in models:
-        table.add_column(model["name"], justify="right")
-    for layer in range(max(len(model["mean"]) for model in models)):
-        cells = [
-            f"{model['mean'][layer]:.1f} ± {model['head_std'][layer]:.1f}"
-            if layer < len(model["mean"])
-            else ""
-            for model in models
-        ]
-        table.add_row(str(layer + 1), *cells)
+def _show(summary: tuple[str, list[list[str]]], files: dict[str, Path]) -> None:
+    """The analysis's own table, and where the files are."""
+    title, (header, *rows) = summary
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print(f"saved {files['json']} and the figure {files['svg']}")

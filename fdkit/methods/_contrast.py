@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdkit.models.representation import channel_std
+
 
 class Contrast(NamedTuple):
     """One direction of a contrast; three scalars, of which the loss alone has a gradient."""
@@ -34,12 +36,8 @@ def info_nce(queries: Tensor, keys: Tensor, *, temperature: float, first_label: 
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Standard deviation over rows (B, d), scaled to length 1, averaged over the d components; a scalar.
-
-    At most 1 / sqrt(d), for rows in all directions; 0 for equal rows, as in a collapse.
-    Source: Chen and He 2021 (SimSiam), section 4.1.
-    """
-    return unit_rows(features).std(dim=0, unbiased=False).mean()
+    """What `channel_std` says of rows (B, d)."""
+    return channel_std(features)
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ from pydantic import Field
 from torch import nn
 
 from fdkit.config import Config
+from fdkit.data.views import Interpolation
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Pooling, Preprocessing
 from fdkit.models.batch_norm import synchronise_batch_norm
 from fdkit.models.libraries import build_timm, check_state
-from fdkit.models.vit import fix_position, patch_projection, xavier_initialise
+from fdkit.models.vit import fix_position, mae_initialise, patch_projection, xavier_initialise
 from fdkit.teachers.loading import load_teacher
 
 
@@ -30,8 +31,8 @@ class NetworkConfig(Config):
     """Positions of a vision transformer: learned, fixed 2-D sine-cosine, or none; other networks keep their own."""
     sincos_first: Literal["row", "column"] = "row"
     """Which axis has the first half of the sine-cosine channels: row in MoCo v3, column in MAE."""
-    initialisation: Literal["timm", "xavier"] = "timm"
-    """Random start: timm's own, or MoCo v3's Xavier-uniform of a vision transformer."""
+    initialisation: Literal["timm", "xavier", "mae"] = "timm"
+    """Random start: timm's own, or for a vision transformer Xavier-uniform as MoCo v3 or as MAE draws it."""
     freeze_patch_projection: bool = False
     """Keep the patch projection of a vision transformer at its start, as MoCo v3 does for stability."""
     pooling: Pooling = "cls"
@@ -42,17 +43,21 @@ class NetworkConfig(Config):
     """Stochastic depth of the last block in training, growing linearly from 0 at the first."""
     crop_ratio: float = Field(default=0.875, gt=0, le=1)
     """image_size / short side when the trained network is evaluated; 1 for images that are as small as the input."""
+    interpolation: Interpolation = "bilinear"
+    """How images are resized when the trained network is evaluated."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of RGB in [0, 1] that is subtracted inside the network."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Standard deviation of RGB that the network divides by."""
 
 
-def build_network(config: NetworkConfig, *, image_size: int, sizes: tuple[int, ...] = ()) -> Backbone:
+def build_network(
+    config: NetworkConfig, *, image_size: int, sizes: tuple[int, ...] = (), synchronise: bool = True
+) -> Backbone:
     """The network to pretrain; random weights come from the global generator.
 
     image_size: of the views, in pixels; sizes: of further views, which the network takes as they are. Batch norms are
-    synchronised already, whether or not a process group runs.
+    synchronised already, whether or not a process group runs; synchronise false leaves them to each rank alone.
     Raises ConfigError if the configuration asks of the network what it does not have, or for image sizes it does not
     take; what `load_teacher` raises, and WeightsError if `init` is of another network.
     """
@@ -74,7 +79,7 @@ def build_network(config: NetworkConfig, *, image_size: int, sizes: tuple[int, .
         take_any_size(backbone, sizes)
     if config.init is not None:
         _start_from(config.init, backbone)
-    return synchronise_batch_norm(backbone)
+    return synchronise_batch_norm(backbone) if synchronise else backbone
 
 
 def _is_vit(config: NetworkConfig) -> bool:
@@ -101,7 +106,7 @@ def _build(config: NetworkConfig, image_size: int) -> Backbone:
             "leave it out; fdkit evaluate adds a classifier to the trained features",
         )
     preprocessing = Preprocessing(
-        config.mean, config.std, image_size, config.crop_ratio, interpolation="bilinear"
+        config.mean, config.std, image_size, config.crop_ratio, interpolation=config.interpolation
     )
     return build_timm(config.architecture, args, preprocessing=preprocessing)
 
@@ -110,6 +115,8 @@ def _prepare_vit(network: nn.Module, config: NetworkConfig) -> None:
     """Initialise a vision transformer, fix its positions and freeze its patch projection, as configured."""
     if config.initialisation == "xavier":
         xavier_initialise(network)
+    elif config.initialisation == "mae":
+        mae_initialise(network)
     if config.position == "sincos":
         fix_position(network, first=config.sincos_first)
     if not config.freeze_patch_projection:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdkit.config import Config
 from fdkit.data.views import TwoViews, TwoViewsConfig, Views
@@ -84,6 +85,7 @@ class MoCoV3(Method):
             )
         self.momentum_student = momentum_copy(self.student)
         self.momentum_projector = momentum_copy(self.projector)
+        self._has_batch_norm = any(isinstance(part, _BatchNorm) for part in student.modules())
         self._is_momentum_due = True
 
     def _head(self, in_dim: int, *, num_layers: int, last_norm: bool) -> torch.nn.Module:
@@ -108,14 +110,12 @@ class MoCoV3(Method):
         """
         is_learning = self.training and torch.is_grad_enabled()
         temperature = self.config.temperature
-        features = [self.student.pooled(view, self.pooling) for view in views]  # a batch norm sees one view at a time
+        features = self._features(self.student, views)
         queries = [self.predictor(self.projector(rows)) for rows in features]
         with torch.no_grad():
             if is_learning:
                 self._move_momentum_encoder(progress)
-            keys = [
-                self.momentum_projector(self.momentum_student.pooled(view, self.pooling)) for view in views
-            ]
+            keys = [self.momentum_projector(rows) for rows in self._features(self.momentum_student, views)]
             gathered = gather_rows(torch.stack(keys, dim=1))  # (N, 2, d)
         first_label = rank() * len(queries[0])
         contrasts = [
@@ -128,6 +128,12 @@ class MoCoV3(Method):
             "top1": (contrasts[0].top1 + contrasts[1].top1) / 2,
             "feature_std": (feature_std(features[0]) + feature_std(features[1])) / 2,
         }
+
+    def _features(self, network: Backbone, views: list[Tensor]) -> list[Tensor]:
+        """(B, C) a view. A batch norm sees one view at a time; without any, both go at once, in larger products."""
+        if self._has_batch_norm or network.num_parts > 1:
+            return [network.pooled(view, self.pooling) for view in views]
+        return list(network.pooled(torch.cat(views), self.pooling).chunk(len(views)))
 
     def after_step(self, progress: float) -> None:
         """Let the next forward pass move the momentum encoder: the student has changed."""

@@ -169,7 +169,15 @@ class Backbone(nn.Module):
 
     def pooled(self, images: Tensor, pooling: Pooling) -> Tensor:
         """What `pool` makes of the final tokens, (B, C), of images (B, 3, H, W), RGB in [0, 1]."""
-        return torch.cat(self._in_parts(lambda part: pool(self._tokens(part), pooling), images))
+        return torch.cat(self._in_parts(lambda part: self._pooled(part, pooling), images))
+
+    def _pooled(self, images: Tensor, pooling: Pooling) -> Tensor:
+        from fdkit.models.class_token import class_token, has_fast_class_token  # which know Tokens from here
+        from fdkit.models.tokens import timm_tokens
+
+        if pooling == "cls" and self.tokens_of is timm_tokens and has_fast_class_token(self.network):
+            return class_token(self.network, self._network_input(images))
+        return pool(self._tokens(images), pooling)
 
     def _tokens(self, images: Tensor) -> Tokens:
         return self.tokens_of(self.network, self._network_input(images))

@@ -27,6 +27,7 @@ from fdkit.models.tokens import (
 
 WEIGHTS_FILE = "student.safetensors"
 RECIPE_FILE = "student.json"
+HEADS_FILE = "heads.safetensors"
 
 
 EXTRA_ARGS = ("layer_norm_eps", "stem", "final_norm", "rope_periods")

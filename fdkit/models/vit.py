@@ -63,6 +63,42 @@ def xavier_initialise(network: Any) -> None:
         nn.init.normal_(network.cls_token, std=1e-6)
 
 
+MAE_TOKEN_STD = 0.02
+
+
+@torch.no_grad()
+def mae_initialise(network: Any) -> None:
+    """Initialise a timm vision transformer as MAE does, in place; fixed positions stay.
+
+    Xavier-uniform matrices, query, key and value as one, and the patch projection as one matrix from P * P * 3 pixels,
+    whose offset keeps the spread of torch's convolutions; no other offsets; prefix tokens of deviation 0.02.
+    Source: facebookresearch/mae at efb2a80, models_mae.py.
+    """
+    xavier_linear_layers(network)
+    projection = patch_projection(network)
+    if projection is not None:
+        nn.init.xavier_uniform_(projection.weight.flatten(1))
+        if projection.bias is not None:
+            bound = projection.weight[0].numel() ** -0.5
+            nn.init.uniform_(projection.bias, -bound, bound)
+    for token in (network.cls_token, network.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=MAE_TOKEN_STD)
+
+
+@torch.no_grad()
+def xavier_linear_layers(module: nn.Module) -> None:
+    """Xavier-uniform weights for every linear layer, query, key and value drawn as the one matrix they are; no bias.
+
+    Source: facebookresearch/mae at efb2a80, models_mae.py.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 def patch_projection(network: Any) -> nn.Conv2d | None:
     """The one convolution that makes patches into tokens; None for models that have no such layer."""
     projection = getattr(getattr(network, "patch_embed", None), "proj", None)

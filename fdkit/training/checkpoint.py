@@ -59,9 +59,10 @@ def list_steps(folder: Path) -> list[Path]:
     )
 
 
-def save_checkpoint(folder: Path, step: int, content: Checkpoint, *, keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, content: Checkpoint, *, keep: int, keep_also: str = "") -> Path:
     """Write the checkpoint of a step into `folder` and drop all but the newest `keep`; its path.
 
+    keep_also: path of an older one that stays too.
     A sound checkpoint of the same step is left as it is.
     Raises ResourceError if the disk is full and OutputError if it cannot be written; older ones then stay.
     """
@@ -83,7 +84,8 @@ def save_checkpoint(folder: Path, step: int, content: Checkpoint, *, keep: int) 
         shutil.rmtree(partial, ignore_errors=True)
         raise _explain_write_failure(target, error) from error
     for old in list_steps(folder)[max(1, keep) :]:
-        shutil.rmtree(old)
+        if str(old) != keep_also:
+            shutil.rmtree(old)
     return target
 
 

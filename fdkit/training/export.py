@@ -4,12 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from fdkit.methods._method import Method
-from fdkit.models.libraries import save_backbone, save_tensors
+from fdkit.models.libraries import HEADS_FILE, save_backbone, save_tensors
 from fdkit.teachers.licensing import combined_terms, recorded_teachers, terms_of_identity
 from fdkit.training.checkpoint import write_whole
 from fdkit.training.run import Run
-
-HEADS_FILE = "heads.safetensors"
 
 
 def export_student(method: Method, run: Run) -> None:

@@ -6,12 +6,11 @@ killed and resumed ends in the same bits, given deterministic kernels (as on a C
 number of threads.
 """
 
-import errno
 import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from inspect import signature
 from typing import Any, NoReturn, Protocol
 
@@ -22,18 +21,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fdkit.data.loader import BadImages, Batch, LoaderConfig, training_batches
 from fdkit.data.sources import ImageSource
-from fdkit.errors import ConfigError, NumericsError, PreemptedError, ResourceError, WeightsError
+from fdkit.errors import ConfigError, NumericsError, PreemptedError, WeightsError
 from fdkit.methods._method import Duration, Method
-from fdkit.models.backbone import Backbone
-from fdkit.training.checkpoint import Checkpoint, load_checkpoint, newest_sound, save_checkpoint
+from fdkit.models.vit import patch_projection
+from fdkit.training.activations import cache_batch, checkpoint_activations
+from fdkit.training.checkpoint import (
+    Checkpoint,
+    list_steps,
+    load_checkpoint,
+    newest_sound,
+    save_checkpoint,
+    step_of,
+)
 from fdkit.training.distributed import World, broadcast, current_world, gather, process_group, wait_for_all
 from fdkit.training.export import export_student
+from fdkit.training.failures import explained_failures
 from fdkit.training.generators import (
     get_generators,
     seed_generators,
     set_generators,
     undisturbed_generators,
 )
+from fdkit.training.gradients import clip_each, first_matrix
+from fdkit.training.health import Health
 from fdkit.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -152,6 +162,10 @@ class Trainer:
         self.optimizer = build_optimizer(method, optim)
         self.parameters = trained_parameters(self.optimizer)
         self.first_layer = first_matrix(method.student.network)
+        projection = patch_projection(method.student.network)
+        self.health = Health(
+            plan.steps_per_epoch, can_freeze=projection is not None and projection.weight.requires_grad
+        )
         refuses_bad = device.type == "cuda" and isinstance(
             self.optimizer, (torch.optim.AdamW, torch.optim.SGD)
         )
@@ -251,7 +265,7 @@ class Trainer:
         try:
             if self.step == 0:
                 for monitor in monitors:
-                    self.measure(monitor)
+                    self.measure(monitor, progress)
             for batch in self.timed(self.batches(loader, bad_images)):
                 verdicts = self.update(batch)
                 self.clock.finished_step()
@@ -265,11 +279,11 @@ class Trainer:
     def between_steps(self, verdicts: list[Verdict], monitors: Sequence[Monitor], progress: Progress) -> None:
         """Log, measure, save and stop, as due after the step just done."""
         is_last = self.step == self.plan.num_steps
-        if is_last or self.step % self.config.log_every_steps == 0:
-            self.log(progress)
         for monitor in monitors:
             if is_last or self.step % monitor.every_steps == 0:
-                self.measure(monitor)
+                self.measure(monitor, progress)
+        if is_last or self.step % self.config.log_every_steps == 0:
+            self.log(progress)
         stops = any(verdict.stop for verdict in verdicts)
         every = self.config.save_every_steps
         if (
@@ -325,20 +339,32 @@ class Trainer:
         if self.world.is_main:
             eta = self.clock.eta_seconds(self.plan.num_steps - self.step)
             progress.show(self.step, values, eta_seconds=eta)
+        warn(self.health.logged(self.step, values, kept=self.last_good_checkpoint()))
 
-    def measure(self, monitor: Monitor) -> None:
-        """Log what a monitor finds; training goes on as if it had not been called."""
-        if not self.world.is_main:
-            return
+    def measure(self, monitor: Monitor, progress: Progress) -> None:
+        """Log what a monitor finds; training goes on as if it had not been called, unless it has collapsed."""
         start = time.perf_counter()
-        with undisturbed_generators(self.device):
-            found = monitor(self.method, self.step)
+        found: dict[str, float] = {}
+        if self.world.is_main:
+            with undisturbed_generators(self.device):
+                found = monitor(self.method, self.step)
         self.method.train()
-        if found:
+        found = broadcast(found, self.world)  # so that all processes stop at the same step
+        if found and self.world.is_main:
             named = {f"monitor/{name}": value for name, value in found.items()}
-            self.run.log_metrics({"step": self.step} | named)
+            self.run.log_metrics({"step": self.step, "epoch": self.step / self.plan.steps_per_epoch} | named)
             log.info("step %d  %s", self.step, "  ".join(f"{name} {found[name]:.4g}" for name in found))
+            progress.remember(found)
+        warn(self.health.found(self.step, found, kept=self.last_good_checkpoint()))
         self.clock.exclude(time.perf_counter() - start)
+
+    def last_good_checkpoint(self) -> str:
+        """The newest checkpoint from a time when nothing looked like a collapse; empty if there is none."""
+        good = self.health.last_good_step
+        paths = [
+            path for path in list_steps(self.run.checkpoints) if good is not None and step_of(path) <= good
+        ]
+        return str(paths[0]) if paths else ""
 
     def save_is_due(self) -> bool:
         """Whether this process's clock asks for a checkpoint; rank 0's counts."""
@@ -369,9 +395,14 @@ class Trainer:
                 "seed": self.seed,
                 "data": self.source.fingerprint,
                 "windows": windows,
+                "health": self.health.state(),
             }
             save_checkpoint(
-                self.run.checkpoints, self.step, Checkpoint(tensors, state), keep=self.config.keep_checkpoints
+                self.run.checkpoints,
+                self.step,
+                Checkpoint(tensors, state),
+                keep=self.config.keep_checkpoints,
+                keep_also=self.last_good_checkpoint(),
             )
             self.run.update(step=self.step)
         wait_for_all(self.world)
@@ -398,6 +429,7 @@ class Trainer:
             raise WeightsError(f"{origin}: does not fit this method: {error}") from error
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         self.step = state["step"]
+        self.health.load(state["health"])
         if len(state["windows"]) != self.world.size:
             counts = (len(state["windows"]), self.world.size)
             log.info("saved by %d processes, resumed by %d: the same images, not the same bits", *counts)
@@ -431,93 +463,8 @@ class Trainer:
         )
 
 
-def first_matrix(network: nn.Module) -> nn.Parameter | None:
-    """The weight of the first layer that trains: in a ViT the patch projection, or what follows a frozen one."""
-    matrices = (
-        parameter
-        for name, parameter in network.named_parameters()
-        if parameter.requires_grad and parameter.ndim > 1 and name.endswith("weight")
-    )
-    return next(matrices, None)
-
-
-def clip_each(gradients: list[Tensor], max_norm: float) -> None:
-    """Scale each gradient down to a norm of max_norm, in place. Source: facebookresearch/dino, utils.py."""
-    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
-    torch._foreach_mul_(gradients, factors)
-
-
-def cache_batch(method: Method, num_parts: int) -> None:
-    """Have images go through the networks in parts, while heads and loss see the whole batch.
-
-    The networks run twice, without and with gradient, and keep the activations of one part (Gao et al. 2021,
-    GradCache). Raises ConfigError where that would have no effect, or change what a network's batch norms see.
-    """
-    if num_parts == 1:
-        raise ConfigError(
-            "train.cached_batch has no effect with train.accumulate 1",
-            "name the parts a batch is taken in: --train.accumulate 8",
-        )
-    if not method.compares_images:
-        raise ConfigError(
-            "train.cached_batch has no effect: this method compares no images with each other",
-            "use train.accumulate alone, which gives the same gradient at less cost",
-        )
-    backbones = [part for part in method.modules() if isinstance(part, Backbone)]
-    norms = {
-        type(part).__name__ for one in backbones for part in one.modules() if isinstance(part, _BatchNorm)
-    }
-    if norms:
-        raise ConfigError(
-            f"train.cached_batch: the network has batch norms ({', '.join(sorted(norms))}), which must see the whole "
-            "batch at once",
-            "use a network without them, such as a ViT with stem patch, or more devices",
-        )
-    for backbone in backbones:
-        backbone.num_parts = num_parts
-
-
-def checkpoint_activations(method: Method) -> None:
-    """Have the student compute its activations twice. Raises ConfigError if its network cannot."""
-    network = method.student.network
-    refusal = ConfigError(
-        f"train.activation_checkpointing: {type(network).__name__} does not offer it",
-        "leave it off and raise --train.accumulate instead",
-    )
-    enable: Any = getattr(network, "set_grad_checkpointing", None)
-    if enable is None:
-        raise refusal
-    try:
-        enable(True)
-    except AssertionError as error:
-        raise refusal from error
-
-
-@contextmanager
-def explained_failures(train: TrainConfig, plan: Plan, device: torch.device) -> Iterator[None]:
-    """Turn running out of memory or disk, and what torch.compile cannot do, into errors with a remedy."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        peak = f"; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-        halves = plan.micro_batch_size % 2 == 0
-        options = [f"--train.accumulate {2 * train.accumulate}"] if halves else []
-        options += ["--train.activation-checkpointing"] * (not train.activation_checkpointing)
-        options += [f"or --train.batch-size {train.batch_size // 2} (another recipe)"] if halves else []
-        raise ResourceError(
-            f"{device}: out of memory with {plan.micro_batch_size} images at a time{peak}",
-            f"the batch stays {train.batch_size} with " + ", ".join(options),
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError(
-            f"no room left on the disk: {error}", "free some space, then run the same command with --resume"
-        ) from error
-    except Exception as error:
-        if not train.compile or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"train.compile: torch.compile failed: {first}", "train without it: --train.no-compile"
-        ) from error
+def warn(sentences: list[str]) -> None:
+    """Say each once, on one process alone."""
+    for sentence in sentences:
+        if current_world().is_main:
+            log.warning("%s", sentence)

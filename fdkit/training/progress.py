@@ -26,21 +26,36 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def health_line(step: int, num_steps: int, metrics: Mapping[str, float], *, eta_seconds: float) -> str:
+def health_line(
+    step: int,
+    num_steps: int,
+    metrics: Mapping[str, float],
+    *,
+    eta_seconds: float,
+    found: Mapping[str, float] | None = None,
+) -> str:
     """One line that says how training goes.
 
     metrics: a logged line; "explained_variance", if the method gives it, is the share of the target's variance
-    that the student's prediction explains.
+    that the student's prediction explains. found: what monitors found last, such as kNN accuracy, and the features'
+    spread (std; 1 is the most) and rank, which fall in a collapse. They take the room of what is of no concern.
     """
+    found = found or {}
     parts = [f"step {step}/{num_steps}", f"loss {metrics['loss']:.3g}"]
     if "explained_variance" in metrics:
-        parts.append(f"explains {100 * metrics['explained_variance']:.0f} % of the target's variance")
+        of_what = "" if found else " of the target's variance"
+        parts.append(f"explains {100 * metrics['explained_variance']:.0f} %{of_what}")
+    if "knn_top1" in found:
+        parts.append(f"kNN {100 * found['knn_top1']:.1f} %")
+    if "channel_std_ratio" in found:
+        parts.append(f"std {found['channel_std_ratio']:.2f}  rank {found['effective_rank']:.0f}")
     parts += [
         f"lr {metrics['lr']:.1e}".replace("e-0", "e-"),
         f"{metrics['images_per_second']:.0f} img/s",
-        f"data wait {100 * metrics['data_wait_ratio']:.0f} %",
-        f"eta {duration(eta_seconds)}",
     ]
+    if not found or metrics["data_wait_ratio"] > WAIT_RATIO_WORTH_A_WARNING:
+        parts.append(f"data wait {100 * metrics['data_wait_ratio']:.0f} %")
+    parts.append(f"eta {duration(eta_seconds)}")
     return "  ".join(parts)
 
 
@@ -103,13 +118,18 @@ class Progress:
     def __init__(self, num_steps: int, start_step: int, *, visible: bool) -> None:
         self._num_steps = num_steps
         self._last_line = float("-inf")
+        self._found: dict[str, float] = {}
         self._bar: Any = None
         if visible and sys.stderr.isatty():
             self._bar, self._task = _terminal_bar(num_steps, start_step)
 
+    def remember(self, found: Mapping[str, float]) -> None:
+        """Show what a monitor found in the lines to come."""
+        self._found |= found
+
     def show(self, step: int, metrics: Mapping[str, float], *, eta_seconds: float) -> None:
         """Show how training goes; on a terminal the line goes to the run's log alone."""
-        line = health_line(step, self._num_steps, metrics, eta_seconds=eta_seconds)
+        line = health_line(step, self._num_steps, metrics, eta_seconds=eta_seconds, found=self._found)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=line.split("  ", 1)[1])
         now = time.monotonic()

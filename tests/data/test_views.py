@@ -1,14 +1,23 @@
+import pickle
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from pydantic import ValidationError
+from scipy.stats import ks_2samp
+from torchvision import transforms
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as VF
 
+from fdkit.config import with_defaults
 from fdkit.data.views import CenterCrop, CropConfig, RandomCrop, TwoViews, TwoViewsConfig, draw_box
+from fdkit.errors import ConfigError
+
+UNLIKELY = 1e-3
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -21,24 +30,39 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize("size", [(500, 375), (90, 300), (40, 31)])
-def test_boxes_have_torchvisions_distribution(size: tuple[int, int]) -> None:
-    width, height = size
-    count = 6000
-    random = rng()
-    found = np.array([draw_box(width, height, random, min_scale=0.08) for _ in range(count)], dtype=float)
-    found = np.stack([found[:, 0], found[:, 1], found[:, 2] - found[:, 0], found[:, 3] - found[:, 1]], axis=1)
+def sides(boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
+    """(6, N): left, top, width, height, area and aspect ratio of boxes (left, top, right, bottom)."""
+    left, top, right, bottom = np.array(boxes, dtype=float).T
+    width, height = right - left, bottom - top
+    return np.stack([left, top, width, height, width * height, width / height])
+
+
+def torchvisions_boxes(width: int, height: int, scale: tuple[float, float], count: int) -> np.ndarray:
     image = torch.empty(3, height, width)
-    tops = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
-    expected = np.array(tops, dtype=float)[:, [1, 0, 3, 2]]
-    for values, others in zip(
-        [*found.T, found[:, 2] * found[:, 3], found[:, 2] / found[:, 3]],
-        [*expected.T, expected[:, 2] * expected[:, 3], expected[:, 2] / expected[:, 3]],
-        strict=True,
-    ):
-        grid = np.unique(np.concatenate([values, others]))
-        ranks = [np.searchsorted(np.sort(sample), grid, side="right") / count for sample in (values, others)]
-        assert np.abs(ranks[0] - ranks[1]).max() < 1.95 * np.sqrt(2 / count)  # Kolmogorov-Smirnov, 0.1 %
+    drawn = [RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(count)]
+    return sides([(left, top, left + w, top + h) for top, left, h, w in drawn])
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.05, 0.4), (0.3, 0.3)])
+@pytest.mark.parametrize("size", [(500, 375), (90, 300), (40, 31)])
+def test_boxes_have_torchvisions_distribution(size: tuple[int, int], scale: tuple[float, float]) -> None:
+    generator, count = rng(), 4000
+    low, high = scale
+    found = sides([draw_box(*size, generator, min_scale=low, max_scale=high) for _ in range(count)])
+    for values, others in zip(found, torchvisions_boxes(*size, scale, count), strict=True):
+        assert ks_2samp(values, others).pvalue > UNLIKELY
+
+
+def test_boxes_of_another_distribution_would_show() -> None:
+    """A uniform side rather than area, a uniform ratio rather than its logarithm, a box kept to one corner."""
+    expected = torchvisions_boxes(500, 375, (0.08, 1.0), 4000)
+    generator = rng()
+    found = sides([draw_box(500, 375, generator, min_scale=0.08) for _ in range(4000)])
+    area = found[4] / (500 * 375)
+    assert ks_2samp(expected[4] / (500 * 375), area**2).pvalue < UNLIKELY
+    wide = sides([draw_box(500, 375, generator, min_scale=0.08, ratio=(0.7, 1.4)) for _ in range(4000)])
+    assert ks_2samp(expected[5], wide[5]).pvalue < UNLIKELY
+    assert ks_2samp(expected[0], 0.8 * found[0]).pvalue < UNLIKELY
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 3), (2, 3)])
@@ -73,6 +97,28 @@ def test_random_crop_is_pillows_crop_to_a_level(interpolation: str, size: tuple[
         difference = np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected)
         assert difference.mean() < 0.2
         assert difference.max() <= 2
+
+
+def test_boxes_of_a_seed_stay() -> None:
+    """Runs are repeated, and taken up again, by their seed."""
+    generator = rng()
+    boxes = [draw_box(500, 375, generator, min_scale=0.08) for _ in range(3)]
+    assert boxes == [(302, 35, 431, 206), (113, 2, 493, 373), (7, 45, 260, 309)]
+
+
+def test_crops_cover_shares_between_the_scales() -> None:
+    """Each pixel of the image holds its place, so a crop shows which part it is."""
+    x, y = np.meshgrid(np.arange(200), np.arange(150))
+    image = Image.fromarray(np.stack([x, y, y], axis=2).astype(np.uint8))
+    for low, high in ((0.25, 0.25), (0.05, 0.14)):
+        views = RandomCrop(CropConfig(image_size=64, min_scale=low, max_scale=high))
+        shares = []
+        for seed in range(60):
+            crop = views(image, rng(seed)).crops[0].float()
+            extent = crop.amax(dim=(1, 2)) - crop.amin(dim=(1, 2))  # of a crop's outermost pixel centres
+            shares.append(float(extent[0] * extent[1]) / (200 * 150))
+        assert 0.85 * low < min(shares)
+        assert max(shares) < 1.1 * high
 
 
 def test_random_crop_flips_half() -> None:
@@ -111,6 +157,15 @@ def test_config_refuses_impossible_values() -> None:
         TwoViewsConfig(blur_probability=(1.0, 1.1))
 
 
+def test_scales_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"views\.max_scale 0\.3 is smaller than views\.min_scale 0\.5"
+    ) as error:
+        CropConfig(min_scale=0.5, max_scale=0.3)
+    assert "--views.max-scale 0.5" in error.value.hint
+    assert CropConfig(min_scale=0.5, max_scale=0.5).max_scale == 0.5
+
+
 def test_two_views_defaults_are_byols() -> None:
     config = TwoViewsConfig()
     assert (config.image_size, config.min_scale, config.flip, config.interpolation) == (
@@ -123,6 +178,7 @@ def test_two_views_defaults_are_byols() -> None:
     assert (config.jitter_probability, config.grayscale_probability) == (0.8, 0.2)
     assert (config.blur_probability, config.blur_sigma) == ((1.0, 0.1), (0.1, 2.0))
     assert config.solarize_probability == (0.0, 0.2)
+    assert (config.max_scale, config.grayscale_first) == (1, False)
 
 
 def test_two_views_are_asymmetric() -> None:
@@ -142,6 +198,98 @@ def test_two_views_are_asymmetric() -> None:
         view.dtype == torch.float32 and view.min() >= -1e-6 and view.max() <= 1 + 1e-6 for view in finished
     )
     assert not torch.equal(finished[0], crops[0] / 255)
+
+
+def pillow_blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+def pillow_view(
+    crop: tuple[float, str], jitter: tuple[float, ...], jitter_p: float, blur_p: float, solarize_p: float
+) -> Callable[[Image.Image], torch.Tensor]:
+    """A published view of 32 pixels by torchvision; a jitter_p of 1 as MoCo v1 has it: after the grey."""
+    colour: list[Callable] = [
+        transforms.RandomApply([transforms.ColorJitter(*jitter)], p=jitter_p),
+        transforms.RandomGrayscale(p=0.2),
+    ]
+    return transforms.Compose(
+        [
+            RandomResizedCrop(
+                32, scale=(crop[0], 1), interpolation=transforms.InterpolationMode[crop[1].upper()]
+            ),
+            *(colour if jitter_p < 1 else reversed(colour)),
+            transforms.RandomApply([pillow_blur], p=blur_p),
+            transforms.RandomApply([ImageOps.solarize], p=solarize_p),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def looks(views: torch.Tensor) -> np.ndarray:
+    """(7, N) of (N, 3, H, W) in [0, 1]: mean of each channel, contrast, sharpness, colourfulness, left to right."""
+    grey = views.mean(dim=1)
+    numbers = [
+        *views.mean(dim=(2, 3)).T,
+        grey.std(dim=(1, 2)),
+        grey.diff(dim=2).abs().mean(dim=(1, 2)),
+        (views.amax(dim=1) - views.amin(dim=1)).mean(dim=(1, 2)),
+        grey[..., :16].mean(dim=(1, 2)) - grey[..., 16:].mean(dim=(1, 2)),
+    ]
+    return torch.stack(numbers).mul(500).round().numpy()  # 8-bit pixels and ours are equal to rounding
+
+
+IN_32_PIXELS = {"image_size": 32, "blur_sigma": (0.7, 14.0)}  # of 0.1 to 2 pixels
+PUBLISHED = {
+    "MoCo v3": ((0.08, "bilinear"), (0.4, 0.4, 0.2, 0.1), 0.8, (1.0, 0.1), (0.0, 0.2)),
+    "MoCo v1": ((0.2, "bilinear"), (0.4, 0.4, 0.4, 0.4), 1.0, (0.0, 0.0), (0.0, 0.0)),
+    "MoCo v2": ((0.2, "bilinear"), (0.4, 0.4, 0.4, 0.1), 0.8, (0.5, 0.5), (0.0, 0.0)),
+    "SwAV, 2 x 224": ((0.14, "bilinear"), (0.8, 0.8, 0.8, 0.2), 0.8, (0.5, 0.5), (0.0, 0.0)),
+    "DINO, global": ((0.4, "bicubic"), (0.4, 0.4, 0.2, 0.1), 0.8, (1.0, 0.1), (0.0, 0.2)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_views_look_like_the_published_pipelines(name: str) -> None:
+    """Sources: the main files of facebookresearch's moco, moco-v3, swav and dino, whose views are Pillow's."""
+    random.seed(0)
+    (low, interpolation), jitter, jitter_p, blur, solarize = PUBLISHED[name]
+    views = TwoViews(
+        TwoViewsConfig(
+            **IN_32_PIXELS,
+            **dict(zip(("brightness", "contrast", "saturation", "hue"), jitter, strict=True)),
+            min_scale=low,
+            interpolation=interpolation,
+            jitter_probability=jitter_p,
+            grayscale_first=jitter_p == 1,
+            blur_probability=blur,
+            solarize_probability=solarize,
+        )
+    )
+    image, count = photo(80, 60), 500
+    samples = [views(image, rng(seed)) for seed in range(count)]
+    crops, colour = (
+        [torch.stack(view) for view in zip(*part, strict=True)] for part in zip(*samples, strict=True)
+    )
+    found = [looks(view) for view in views.finish(crops, colour)]
+    for view in range(2):
+        pillow = pillow_view((low, interpolation), jitter, jitter_p, blur[view], solarize[view])
+        expected = looks(torch.stack([pillow(image) for _ in range(count)]) / 255)
+        for values, others in zip(found[view], expected, strict=True):
+            assert ks_2samp(values, others).pvalue > UNLIKELY
+        if blur[0] != blur[1]:  # the views in the other order would show, by their sharpness
+            assert ks_2samp(found[1 - view][4], expected[4]).pvalue < UNLIKELY
+
+
+def test_views_of_a_command_can_be_sent_to_workers() -> None:
+    """A method's own defaults make a class of configuration that no module holds."""
+    config = with_defaults(TwoViewsConfig, {"min_scale": 0.3})(image_size=16)
+    for views in (RandomCrop(config), TwoViews(config), CenterCrop(16)):
+        copy = pickle.loads(pickle.dumps(views))
+        sent, kept = (each(photo(30, 20), rng()) for each in (copy, views))
+        for found, expected in zip([*sent.crops, *sent.colour], [*kept.crops, *kept.colour], strict=True):
+            assert torch.equal(found, expected)
+    assert TwoViews(config).config == TwoViewsConfig(image_size=16, min_scale=0.3)
 
 
 def test_two_views_ignore_autocast() -> None:

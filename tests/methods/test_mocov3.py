@@ -11,15 +11,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fdkit.data.views import TwoViewsConfig
 from fdkit.errors import ConfigError
-from fdkit.methods.mocov3 import MoCoV3, MoCoV3Config, build, build_student, contrast, feature_std
+from fdkit.methods._contrast import feature_std, info_nce
+from fdkit.methods._network import NetworkConfig, build_network
+from fdkit.methods.mocov3 import DEFAULTS, MoCoV3, MoCoV3Config, build
+from fdkit.models.backbone import Backbone
 
 TINY_VIT = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 HEADS = {"hidden_dim": 12, "output_dim": 6}
 VIEWS = SimpleNamespace(num_views=2, image_size=8)
 
 
-def tiny(seed: int = 0, **fields: Any) -> MoCoV3:
-    return MoCoV3(VIEWS, MoCoV3Config(model_args=TINY_VIT, **{**HEADS, **fields}), seed=seed)
+def network(**fields: Any) -> NetworkConfig:
+    """A small vision transformer, with MoCo v3's own settings."""
+    small = {"architecture": "vit_tiny_patch16_224", "model_args": TINY_VIT}
+    return NetworkConfig(**{**DEFAULTS["network"], **small, **fields})
+
+
+def tiny(seed: int = 0, *, net: dict[str, Any] | None = None, **fields: Any) -> MoCoV3:
+    config = network(**(net or {}))
+    torch.manual_seed(seed)
+    student = build_network(config, image_size=8)
+    return MoCoV3(student, VIEWS, MoCoV3Config(**{**HEADS, **fields}), pooling=config.pooling, seed=seed)
 
 
 def two_views(batch: int = 5) -> list[Tensor]:
@@ -46,40 +58,42 @@ def grads(module: nn.Module) -> dict[str, Tensor]:
 def test_the_contrast_matches_naive_loops() -> None:
     queries, keys = torch.randn(4, 6), torch.randn(4, 6)
     for temperature in (0.2, 1.0):
-        expected = 2 * temperature * info_nce_by_loops(queries, keys, temperature)
-        assert contrast(queries, keys, temperature=temperature).loss.item() == pytest.approx(
+        expected = info_nce_by_loops(queries, keys, temperature)
+        assert info_nce(queries, keys, temperature=temperature).loss.item() == pytest.approx(
             expected, rel=1e-5
         )
 
 
 def test_rows_of_a_later_rank_own_the_later_keys() -> None:
     queries, keys = torch.randn(6, 5), torch.randn(6, 5)
-    whole = contrast(queries, keys, temperature=0.2).loss
-    parts = [contrast(queries[i : i + 2], keys, temperature=0.2, first_label=i).loss for i in (0, 2, 4)]
+    whole = info_nce(queries, keys, temperature=0.2).loss
+    parts = [info_nce(queries[i : i + 2], keys, temperature=0.2, first_label=i).loss for i in (0, 2, 4)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
-def test_equal_features_cost_2_tau_ln_n() -> None:
+def test_equal_features_cost_ln_n_and_in_both_directions_4_tau_ln_n() -> None:
     rows = torch.ones(8, 6)
-    result = contrast(rows, rows, temperature=0.2)
-    assert 2 * result.loss.item() == pytest.approx(
-        4 * 0.2 * math.log(8), abs=1e-5
-    )  # 1.6636 for both directions
+    result = info_nce(rows, rows, temperature=0.2)
+    assert result.loss.item() == pytest.approx(math.log(8), abs=1e-5)
     assert result.positive_similarity.item() == pytest.approx(1)
+    method = tiny(num_predictor_layers=0, head_norm=False)
+    for head in (method.projector, method.momentum_projector):
+        head.register_forward_hook(lambda module, inputs, output: output * 0 + 1)
+    assert method(two_views(8), 0.0)["loss"].item() == pytest.approx(1.6636, abs=1e-4)  # 4 * 0.2 * ln 8
 
 
 def test_the_contrast_ignores_the_length_of_queries_and_keys() -> None:
     queries, keys = torch.randn(4, 6), torch.randn(4, 6)
-    loss = contrast(queries, keys, temperature=0.2).loss
-    torch.testing.assert_close(contrast(queries * 7, keys, temperature=0.2).loss, loss)
-    torch.testing.assert_close(contrast(queries, keys * 0.1, temperature=0.2).loss, loss)
+    loss = info_nce(queries, keys, temperature=0.2).loss
+    torch.testing.assert_close(info_nce(queries * 7, keys, temperature=0.2).loss, loss)
+    torch.testing.assert_close(info_nce(queries, keys * 0.1, temperature=0.2).loss, loss)
 
 
 def test_matching_features_are_found() -> None:
     rows = torch.eye(4, 6)
-    result = contrast(rows, rows, temperature=0.2)
+    result = info_nce(rows, rows, temperature=0.2)
     assert (result.positive_similarity.item(), result.top1.item()) == (1.0, 1.0)
-    assert contrast(rows, rows.roll(1, dims=0), temperature=0.2).top1.item() == 0.0
+    assert info_nce(rows, rows.roll(1, dims=0), temperature=0.2).top1.item() == 0.0
 
 
 def test_feature_std_tells_collapse_from_health() -> None:
@@ -166,7 +180,7 @@ def test_gradients_reach_everything_that_trains_and_nothing_else() -> None:
 
 
 def test_a_free_patch_projection_and_learned_positions_get_gradients() -> None:
-    method = tiny(freeze_patch_projection=False, position="learned")
+    method = tiny(net={"freeze_patch_projection": False, "position": "learned"})
     method(two_views(), 0.0)["loss"].backward()
     names = grads(method)
     assert {"student.network.patch_embed.proj.weight", "student.network.pos_embed"} <= names.keys()
@@ -254,50 +268,101 @@ def test_the_loss_is_computed_in_float32_under_autocast() -> None:
     scalars["loss"].backward()
 
 
-# --- the network
+# --- the network and the heads
 
 
-def test_vit_small_has_12_heads_unless_told_otherwise() -> None:
-    small = {"embed_dim": 24, "depth": 1}
-    assert build_student(MoCoV3Config(model_args=small), image_size=32).network.blocks[0].attn.num_heads == 12
-    config = MoCoV3Config(model_args={**small, "num_heads": 3})
-    assert build_student(config, image_size=32).network.blocks[0].attn.num_heads == 3
+@pytest.mark.parametrize("architecture", ["vit_small_patch16_224", "vit_small_patch14_dinov2"])
+def test_vit_small_has_12_heads_unless_told_otherwise(architecture: str) -> None:
+    def num_heads(**args: Any) -> int:
+        config = network(
+            architecture=architecture, model_args={"embed_dim": 24, "depth": 1, "patch_size": 16, **args}
+        )
+        method = build(MoCoV3Config(**HEADS), TwoViewsConfig(image_size=32), config, seed=0)
+        count: int = method.student.network.blocks[0].attn.num_heads
+        assert method.student.recipe["model_args"]["num_heads"] == count  # and is exported so
+        return count
+
+    assert num_heads() == 12
+    assert num_heads(num_heads=3) == 3
+
+
+def test_other_networks_keep_their_own_number_of_heads() -> None:
+    method = build(
+        MoCoV3Config(**HEADS),
+        TwoViewsConfig(image_size=8),
+        network(model_args={**TINY_VIT, "num_heads": 4}),
+        seed=0,
+    )
+    assert method.student.network.blocks[0].attn.num_heads == 4
+
+
+def kinds(head: nn.Module) -> list[str]:
+    return [type(layer).__name__ for layer in head.children()]
 
 
 def test_the_heads_are_those_of_the_paper() -> None:
     method = tiny()
-    kinds = [type(layer).__name__ for layer in method.projector]
-    assert kinds == ["Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm"]
-    assert [type(layer).__name__ for layer in method.predictor] == kinds[3:]
+    hidden = ["Linear", "BatchNorm", "ReLU"]
+    assert kinds(method.projector) == [*hidden, *hidden, "Linear", "BatchNorm"]
+    assert kinds(method.predictor) == [*hidden, "Linear", "BatchNorm"]
     assert all(head[-1].weight is None for head in (method.projector, method.predictor))
-    assert all(
-        layer.bias is None
-        for layer in method.modules()
-        if isinstance(layer, nn.Linear) and layer.in_features == 12
+    linear = [
+        layer
+        for head in (method.projector, method.predictor)
+        for layer in head
+        if isinstance(layer, nn.Linear)
+    ]
+    assert all(layer.bias is None for layer in linear)
+    assert [tuple(layer.weight.shape) for layer in linear] == [(12, 16), (12, 12), (6, 12), (12, 6), (6, 12)]
+
+
+def test_the_heads_of_a_resnet_are_those_of_the_paper() -> None:
+    method = tiny(num_projector_layers=2, predictor_last_norm=False)
+    assert kinds(method.projector) == ["Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm"]
+    assert kinds(method.predictor) == ["Linear", "BatchNorm", "ReLU", "Linear"]
+
+
+def test_heads_without_batch_norms_have_none() -> None:
+    method = tiny(head_norm=False)
+    assert kinds(method.projector) == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    assert kinds(method.predictor) == ["Linear", "ReLU", "Linear"]
+    method(two_views(), 0.0)["loss"].backward()
+    assert grads(method).keys() == {name for name, p in method.named_parameters() if p.requires_grad}
+
+
+def test_without_a_predictor_the_projections_are_the_queries() -> None:
+    method = tiny(num_predictor_layers=0)
+    assert list(method.predictor.parameters()) == []
+    queries = [method.projector(method.student(view).prefix[:, 0]) for view in two_views()]
+    expected = (
+        2
+        * 0.2
+        * sum(
+            info_nce_by_loops(
+                queries[i],
+                method.momentum_projector(method.momentum_student(two_views()[1 - i]).prefix[:, 0]),
+                0.2,
+            )
+            for i in range(2)
+        )
     )
-
-
-def test_positions_are_fixed_row_first_learned_or_absent() -> None:
-    sincos = tiny().student.network.pos_embed
-    assert not sincos.requires_grad
-    # patch 1 lies right of patch 0: with the row first, only the second half of the channels changes
-    assert torch.equal(sincos[0, 1, :8], sincos[0, 2, :8])
-    assert not torch.equal(sincos[0, 1, 8:], sincos[0, 2, 8:])
-    assert tiny(position="learned").student.network.pos_embed.requires_grad
-    assert tiny(position="none").student.network.pos_embed is None
+    assert method(two_views(), 0.0)["loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    states = [tiny(seed=seed).state_dict() for seed in (3, 3, 4)]
+    states = [
+        build(MoCoV3Config(**HEADS), TwoViewsConfig(image_size=8), network(), seed=seed).state_dict()
+        for seed in (3, 3, 4)
+    ]
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
+    for part in ("student.network.blocks.0.attn.qkv.weight", "projector.0.weight", "predictor.0.weight"):
+        assert not torch.equal(states[0][part], states[2][part])
 
 
 def test_build_takes_the_image_size_from_the_views() -> None:
-    config = MoCoV3Config(model_args=TINY_VIT, **HEADS)
-    method = build(config, TwoViewsConfig(image_size=12), seed=0)
+    method = build(MoCoV3Config(**HEADS), TwoViewsConfig(image_size=12), network(), seed=0)
     assert method.student.image_size == method.views.image_size == 12
     assert method.student.network.pos_embed.shape == (1, 1 + 9, 16)
 
@@ -305,8 +370,12 @@ def test_build_takes_the_image_size_from_the_views() -> None:
 @pytest.mark.slow
 def test_compiling_meets_no_new_graph_at_every_step() -> None:
     graphs = []
-    small = {"model_args": {**TINY_VIT, "depth": 1}, "num_projector_layers": 1, "num_predictor_layers": 1}
-    method, expected = (MoCoV3(VIEWS, MoCoV3Config(**HEADS, **small), seed=0) for _ in range(2))
+    small = {
+        "num_projector_layers": 1,
+        "num_predictor_layers": 1,
+        "net": {"model_args": {**TINY_VIT, "depth": 1}},
+    }
+    method, expected = (tiny(**small) for _ in range(2))
     method.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for step in range(5):
         loss = method(two_views(), step / 6)["loss"]
@@ -318,41 +387,32 @@ def test_compiling_meets_no_new_graph_at_every_step() -> None:
     assert len(graphs) == settled
 
 
-RESNET = {
-    "architecture": "resnet10t",
-    "position": "none",
-    "pooling": "patches",
-    "freeze_patch_projection": False,
-    "num_projector_layers": 2,
-    "predictor_last_norm": False,
-    "temperature": 1.0,
-}
+def resnet() -> MoCoV3:
+    fields = {"num_projector_layers": 2, "predictor_last_norm": False, "temperature": 1.0}
+    config = NetworkConfig(architecture="resnet10t", pooling="patches")
+    torch.manual_seed(0)
+    student: Backbone = build_network(config, image_size=32)
+    views = SimpleNamespace(num_views=2, image_size=32)
+    return MoCoV3(student, views, MoCoV3Config(**HEADS, **fields), pooling="patches", seed=0)
 
 
 def test_a_resnet_trains_with_batch_norms_that_see_one_view_at_a_time() -> None:
-    method = MoCoV3(SimpleNamespace(num_views=2, image_size=32), MoCoV3Config(**RESNET, **HEADS), seed=0)
+    method = resnet()
     views = [torch.rand(3, 3, 32, 32) for _ in range(2)]
     method(views, 0.0)["loss"].backward()
     assert grads(method).keys() == {name for name, p in method.named_parameters() if p.requires_grad}
     counts = {int(value) for key, value in method.state_dict().items() if key.endswith("num_batches_tracked")}
     assert counts == {2}
-    assert isinstance(method.predictor[-1], nn.Linear)
-
-
-def test_a_resnet_with_the_settings_of_a_transformer_is_refused_once_for_all() -> None:
-    needed = "needs position: none, freeze_patch_projection: false, pooling: patches"
-    with pytest.raises(ConfigError, match=f"resnet10t is no vision transformer; it {needed}"):
-        build_student(MoCoV3Config(architecture="resnet10t"), image_size=32)
-
-
-def test_an_image_size_beside_that_of_the_views_is_refused() -> None:
-    with pytest.raises(ConfigError, match="img_size is 12, but the views are 8 pixels wide"):
-        build_student(MoCoV3Config(model_args={**TINY_VIT, "img_size": 12}), image_size=8)
 
 
 def test_other_than_two_views_are_refused() -> None:
     with pytest.raises(ConfigError, match="the views make 1"):
-        MoCoV3(SimpleNamespace(num_views=1, image_size=8), MoCoV3Config(model_args=TINY_VIT), seed=0)
+        MoCoV3(
+            build_network(network(), image_size=8),
+            SimpleNamespace(num_views=1, image_size=8),
+            MoCoV3Config(),
+            seed=0,
+        )
 
 
 # --- two processes
@@ -379,11 +439,10 @@ def one_rank(rank: int, folder: str) -> None:
 
 def cases() -> list[tuple[str, MoCoV3, list[Tensor]]]:
     """Double precision, so that the order of sums does not show."""
-    resnet = MoCoV3(SimpleNamespace(num_views=2, image_size=32), MoCoV3Config(**RESNET, **HEADS), seed=0)
     images = [view.double().repeat(1, 1, 4, 4) for view in two_views(6)]
     return [
         ("vit", trained_apart(temperature=1.0).double(), [view.double() for view in two_views(6)]),
-        ("resnet", resnet.double(), images),
+        ("resnet", resnet().double(), images),
     ]
 
 

@@ -14,7 +14,8 @@ from fdkit.data.views import TwoViews, TwoViewsConfig
 from fdkit.errors import ConfigError
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods.mocov3 import MoCoV3, MoCoV3Config
-from fdkit.training.loop import cache_batch, train
+from fdkit.training.activations import cache_batch
+from fdkit.training.loop import train
 from fdkit.training.run import Run
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -99,7 +100,7 @@ def trained(folder: Path, **changes: Any) -> dict[str, Tensor]:
     student = build_network(NetworkConfig(model_args=TINY, pooling="cls"), image_size=8)
     method = MoCoV3(student, views, MoCoV3Config(hidden_dim=12, output_dim=6), seed=0)
     with Run.create(folder, "data: toy\n", command=[]) as run:
-        train(method, Pictures(), run, **settings(train_epochs=2, optim_name="sgd", optim_lr=0.1, **changes))
+        train(method, Pictures(), run, **settings(train_epochs=2, optim_name="sgd", optim_lr=0.01, **changes))
     return {name: value.detach().clone() for name, value in method.student.state_dict().items()}
 
 

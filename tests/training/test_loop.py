@@ -195,7 +195,9 @@ def test_monitors_are_logged_and_disturb_nothing(tmp_path: Path) -> None:
     train_toy(tmp_path / "monitored", method={"dropout": 0.3}, monitors=[Noisy()])
     assert same_bits(final_weights(tmp_path / "plain"), final_weights(tmp_path / "monitored"))
     found = [line for line in untimed_metrics(tmp_path / "monitored") if "monitor/steps" in line]
-    assert found == [{"step": step, "monitor/steps": float(step)} for step in (0, 7, 14, 21, 24)]
+    assert found == [
+        {"step": step, "epoch": step / 3, "monitor/steps": float(step)} for step in (0, 7, 14, 21, 24)
+    ]
 
 
 def test_resuming_a_finished_run_does_nothing_more(tmp_path: Path) -> None:

@@ -25,6 +25,27 @@ def test_the_line_says_how_training_goes() -> None:
     assert "explains" not in health_line(1, 2, METRICS, eta_seconds=1)
 
 
+FOUND = {"knn_top1": 0.4521, "channel_std_ratio": 0.934, "effective_rank": 141.2, "alignment": 0.3}
+
+
+def test_the_line_shows_what_monitors_found_and_stays_short() -> None:
+    metrics = METRICS | {"explained_variance": 0.412}
+    line = health_line(12_000, 125_000, metrics, eta_seconds=33125, found=FOUND)
+    assert line == (
+        "step 12000/125000  loss 0.312  explains 41 %  kNN 45.2 %  std 0.93  rank 141  "
+        "lr 1.2e-3  812 img/s  eta 9 h 12 m"
+    )
+    assert len(line) < 115
+    alone = health_line(1, 2, METRICS, eta_seconds=1, found={"knn_top1": 0.4521})
+    assert "kNN 45.2 %" in alone
+    assert "std" not in alone
+
+
+def test_waiting_that_costs_speed_keeps_its_place_in_the_line() -> None:
+    waits = health_line(1, 2, METRICS | {"data_wait_ratio": 0.2}, eta_seconds=1, found=FOUND)
+    assert "data wait 20 %" in waits
+
+
 class Ticks:
     now = 100.0
 
@@ -80,3 +101,14 @@ def test_without_a_terminal_a_line_comes_every_half_minute(
         "70/100",
         "100/100",
     ]
+
+
+def test_findings_stay_in_the_line_until_newer_ones(ticks: Ticks, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fdkit")
+    progress = Progress(100, 0, visible=True)
+    progress.remember({"knn_top1": 0.1})
+    progress.remember(FOUND | {"knn_top1": 0.3})
+    progress.remember({"knn_top1": 0.4})
+    progress.show(10, METRICS, eta_seconds=1)
+    progress.close()
+    assert "kNN 40.0 %  std 0.93  rank 141" in caplog.records[0].message

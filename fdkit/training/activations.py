@@ -1,0 +1,55 @@
+"""Training with less memory for activations: computing them twice, or for a part of the batch at a time."""
+
+from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fdkit.errors import ConfigError
+from fdkit.methods._method import Method
+from fdkit.models.backbone import Backbone
+
+
+def checkpoint_activations(method: Method) -> None:
+    """Have the student compute its activations twice. Raises ConfigError if its network cannot."""
+    network = method.student.network
+    refusal = ConfigError(
+        f"train.activation_checkpointing: {type(network).__name__} does not offer it",
+        "leave it off and raise --train.accumulate instead",
+    )
+    enable: Any = getattr(network, "set_grad_checkpointing", None)
+    if enable is None:
+        raise refusal
+    try:
+        enable(True)
+    except AssertionError as error:
+        raise refusal from error
+
+
+def cache_batch(method: Method, num_parts: int) -> None:
+    """Have images go through the networks in parts, while heads and loss see the whole batch.
+
+    The networks run twice, without and with gradient, and keep the activations of one part (Gao et al. 2021,
+    GradCache). Raises ConfigError where that would have no effect, or change what a network's batch norms see.
+    """
+    if num_parts == 1:
+        raise ConfigError(
+            "train.cached_batch has no effect with train.accumulate 1",
+            "name the parts a batch is taken in: --train.accumulate 8",
+        )
+    if not method.compares_images:
+        raise ConfigError(
+            "train.cached_batch has no effect: this method compares no images with each other",
+            "use train.accumulate alone, which gives the same gradient at less cost",
+        )
+    backbones = [part for part in method.modules() if isinstance(part, Backbone)]
+    norms = {
+        type(part).__name__ for one in backbones for part in one.modules() if isinstance(part, _BatchNorm)
+    }
+    if norms:
+        raise ConfigError(
+            f"train.cached_batch: the network has batch norms ({', '.join(sorted(norms))}), which must see the whole "
+            "batch at once",
+            "use a network without them, such as a ViT with stem patch, or more devices",
+        )
+    for backbone in backbones:
+        backbone.num_parts = num_parts

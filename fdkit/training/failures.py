@@ -1,0 +1,40 @@
+"""What ends a run from outside the method, said with a remedy."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fdkit.errors import ConfigError, ResourceError
+from fdkit.training.plan import Plan, TrainConfig
+
+
+@contextmanager
+def explained_failures(train: TrainConfig, plan: Plan, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory or disk, and what torch.compile cannot do, into errors with a remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        peak = f"; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        halves = plan.micro_batch_size % 2 == 0
+        options = [f"--train.accumulate {2 * train.accumulate}"] if halves else []
+        options += ["--train.activation-checkpointing"] * (not train.activation_checkpointing)
+        options += [f"or --train.batch-size {train.batch_size // 2} (another recipe)"] if halves else []
+        raise ResourceError(
+            f"{device}: out of memory with {plan.micro_batch_size} images at a time{peak}",
+            f"the batch stays {train.batch_size} with " + ", ".join(options),
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"no room left on the disk: {error}", "free some space, then run the same command with --resume"
+        ) from error
+    except Exception as error:
+        if not train.compile or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"train.compile: torch.compile failed: {first}", "train without it: --train.no-compile"
+        ) from error

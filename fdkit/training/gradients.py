@@ -1,0 +1,20 @@
+"""Gradients between the backward pass and the update."""
+
+import torch
+from torch import Tensor, nn
+
+
+def first_matrix(network: nn.Module) -> nn.Parameter | None:
+    """The weight of the first layer that trains: in a ViT the patch projection, or what follows a frozen one."""
+    matrices = (
+        parameter
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad and parameter.ndim > 1 and name.endswith("weight")
+    )
+    return next(matrices, None)
+
+
+def clip_each(gradients: list[Tensor], max_norm: float) -> None:
+    """Scale each gradient down to a norm of max_norm, in place. Source: facebookresearch/dino, utils.py."""
+    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
+    torch._foreach_mul_(gradients, factors)
