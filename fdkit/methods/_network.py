@@ -88,7 +88,7 @@ def _is_vit(config: NetworkConfig) -> bool:
 
 def _build(config: NetworkConfig, image_size: int) -> Backbone:
     args: dict[str, Any] = {"img_size": image_size}
-    if config.drop_path:
+    if config.drop_path or config.architecture.startswith("swin"):  # whose own default in timm is 0.1
         args["drop_path_rate"] = config.drop_path
     if _is_vit(config):
         args |= {"pos_embed": "none"} if config.position == "none" else {}

@@ -144,8 +144,8 @@ class Targets(NamedTuple):
     """What some rows of scores are to predict."""
 
     rows: Tensor
-    """(R, K): each is the sum of `count` distributions."""
-    count: int
+    """(R, K): each is the sum of `number` distributions."""
+    number: int
 
 
 def cross_entropy_of_pairs(scores: Tensor, targets: Tensor, *, num_views: int, temperature: float) -> Tensor:
@@ -174,18 +174,18 @@ def summed_cross_entropy(scores: Tensor, targets: Iterable[Targets], *, temperat
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The gradient (count * softmax(scores / T) - targets) / T is made on the way, where the softmax is at hand."""
+    """The gradient (number * softmax(scores / T) - targets) / T is made on the way, where the softmax is at hand."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, targets: Iterable[Targets], temperature: float) -> Tensor:
         gradient = torch.empty_like(scores) if ctx.needs_input_grad[0] else None
         total, start = scores.new_zeros((), dtype=_wide(scores.dtype)), 0
-        for rows, count in targets:
+        for rows, number in targets:
             part = slice(start, start + len(rows))
             log_shares = (_widened(scores[part]) / temperature).log_softmax(dim=-1)
             total -= (rows * log_shares).sum()
             if gradient is not None:
-                gradient[part] = log_shares.exp_().mul_(count).sub_(rows).div_(temperature)
+                gradient[part] = log_shares.exp_().mul_(number).sub_(rows).div_(temperature)
             start += len(rows)
         assert start == len(scores), f"targets for {start} of {len(scores)} rows"
         ctx.save_for_backward(gradient)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fdkit.config import Config
 from fdkit.data.views import MultiCrop, MultiCropConfig, Views
 from fdkit.errors import ConfigError
+from fdkit.methods._batch_norm import check_batch_norm
 from fdkit.methods._contrast import feature_std, unit_rows
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
@@ -109,8 +110,9 @@ class SwAV(Method):
         self.queue = Queue(torch.zeros(config.queue_size, NUM_CODED, config.output_dim))
 
     def begin(self, duration: Duration) -> None:
-        """Raises ConfigError for a queue that the batch does not divide."""
+        """Raises ConfigError for a queue that the batch does not divide, and a batch too small for a batch norm."""
         super().begin(duration)
+        check_batch_norm(self, duration)
         check_queue(self.config.queue_size, duration.batch_size, section="swav")
 
     def forward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:

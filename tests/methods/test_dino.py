@@ -129,23 +129,13 @@ def test_the_loss_matches_plain_python(progress: float) -> None:
     assert loss.item() == pytest.approx(loss_by_hand(method, images(), temperature), rel=1e-10)
 
 
-def test_the_teacher_sees_the_large_views_alone() -> None:
-    method, views = apart(tiny(network={"drop_path": 0.0})), images()
-    seen = []
-    method.teacher.network.patch_embed.register_forward_hook(
-        lambda _, inputs, __: seen.append(inputs[0].shape)
-    )
-    method(views, 0.0)
-    assert seen == [torch.Size([8, 3, 16, 16])]
-
-
-def test_the_student_sees_every_size_once_and_the_head_everything_at_once() -> None:
+def test_the_student_sees_every_size_once_the_head_everything_and_the_teacher_large_views_alone() -> None:
     method = tiny()
     seen: list[torch.Size] = []
-    for part in (method.student.network.patch_embed, method.head):
+    for part in (method.student.network.patch_embed, method.head, method.teacher.network.patch_embed):
         part.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     method(images(), 0.0)
-    assert seen == [torch.Size([8, 3, 16, 16]), torch.Size([12, 3, 8, 8]), torch.Size([20, 16])]
+    assert seen == [torch.Size(s) for s in [(8, 3, 16, 16), (12, 3, 8, 8), (20, 16), (8, 3, 16, 16)]]
 
 
 def test_without_small_views_each_large_one_predicts_the_other() -> None:
@@ -175,11 +165,11 @@ def test_both_collapses_show() -> None:
     assert one["prototypes_used"].item() < 3
     assert uniform["target_entropy"].item() == pytest.approx(math.log(11))
     assert uniform["prototypes_used"].item() == pytest.approx(11)
-    eye = torch.eye(6).double()
-    with torch.no_grad():
-        method.head.prototypes.weight[:6] = method.teacher_head.prototypes.weight[:6] = eye
-        method.teacher_head.register_forward_hook(lambda *_: eye.repeat(2, 2)[:8] @ scores_of_six)
+    spread = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).double()
+    method.teacher_head.mlp.register_forward_hook(lambda *_: spread)
     healthy = method(images(), 0.0)
+    assert 3 < healthy["prototypes_used"].item() < 10
+    assert healthy["target_entropy"].item() < 1
 
 
 # --- what trains
@@ -195,19 +185,10 @@ def test_gradients_reach_everything_that_trains_and_nothing_else() -> None:
     assert all(gradient.abs().max() > 0 for gradient in with_gradient.values())
 
 
-def test_small_views_alone_would_train_the_positions() -> None:
-    method = tiny()
-    features = method.student.pooled(images()[2], "cls")
-    features.square().sum().backward()
-    assert (method.student.network.pos_embed.grad[:, 1:].abs().amax(dim=2) > 0).all()
-
-
 def test_student_and_teacher_start_equal_and_share_nothing() -> None:
     method = tiny()
     for own, copied in ((method.student, method.teacher), (method.head, method.teacher_head)):
-        state, other = own.state_dict(), copied.state_dict()
-        assert state.keys() == other.keys()
-        assert all(torch.equal(state[key], other[key]) for key in state)
+        torch.testing.assert_close(own.state_dict(), copied.state_dict(), rtol=0, atol=0)
         assert not {p.data_ptr() for p in own.parameters()} & {p.data_ptr() for p in copied.parameters()}
 
 
@@ -223,13 +204,6 @@ def test_the_last_layer_waits_for_the_first_epochs() -> None:
     take_step(method, optimizer, 6)
     assert not torch.equal(method.head.prototypes.weight, start.prototypes.weight)
     assert not torch.equal(method.head.prototypes.gain, start.prototypes.gain)
-
-
-def test_prototypes_train_from_the_start_if_they_need_not_wait() -> None:
-    method = tiny(freeze_last_layer_epochs=0)
-    method(images(), 0.0)["loss"].backward()
-    method.before_step(0.0)
-    assert method.head.prototypes.weight.grad is not None
 
 
 # --- what follows
@@ -296,19 +270,6 @@ def test_parts_of_a_batch_are_the_whole() -> None:
     torch.testing.assert_close(parts.state_dict(), whole.state_dict())
 
 
-def test_a_resumed_run_goes_on_exactly() -> None:
-    whole = apart(tiny(network={"drop_path": 0.0}))
-    optimizer = optimiser(whole)
-    for number in range(4):
-        take_step(whole, optimizer, number)
-    resumed = tiny(seed=9, network={"drop_path": 0.0})
-    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
-    second = optimiser(resumed)
-    for number in range(4, 7):
-        assert torch.equal(take_step(whole, optimizer, number), take_step(resumed, second, number))
-    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
-
-
 def test_steps_learn_and_keep_images_apart() -> None:
     method = tiny(momentum=0.9, freeze_last_layer_epochs=0, teacher_temperature=0.07, centre_momentum=0.9)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=2e-3)
@@ -340,13 +301,6 @@ def test_the_loss_is_computed_in_float32_under_autocast() -> None:
 # --- drop path, batch norms
 
 
-def test_the_student_alone_drops_branches() -> None:
-    method = tiny(network={"drop_path": 0.5})
-    view = images()[0]
-    assert torch.equal(method.teacher.pooled(view, "cls"), method.teacher.pooled(view, "cls"))
-    assert not torch.equal(method.student.pooled(view, "cls"), method.student.pooled(view, "cls"))
-
-
 def test_batch_norms_see_all_views_of_a_size_together() -> None:
     method = tiny(network=RESNET, views=RESNET_VIEWS)
     views = images(sizes=(64, 32))
@@ -360,13 +314,8 @@ def test_batch_norms_see_all_views_of_a_size_together() -> None:
     assert grads(method).keys() == {n for n, p in method.named_parameters() if p.requires_grad}
 
 
-def test_batch_norms_of_the_head_see_all_views() -> None:
-    method = tiny(head_norm=True)
-    assert method.compares_images
-    seen = []
-    method.head.mlp[1].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    method(images(), 0.0)
-    assert seen == [20]
+def test_batch_norms_of_the_head_compare_images() -> None:
+    assert tiny(head_norm=True).compares_images
 
 
 def test_a_resnet_starts_as_torchvisions() -> None:
@@ -417,36 +366,17 @@ def test_the_teacher_is_what_is_exported(tmp_path: Any) -> None:
 
 
 def test_the_defaults_are_those_of_the_code() -> None:
-    config = DINOConfig()
-    assert (config.output_dim, config.hidden_dim, config.bottleneck_dim, config.num_head_layers) == (
-        65536,
-        2048,
-        256,
-        3,
-    )
-    assert (config.norm_last_layer, config.head_norm, config.freeze_last_layer_epochs) == (True, False, 1)
-    assert (config.student_temperature, config.teacher_temperature, config.momentum) == (0.1, 0.04, 0.996)
-    assert (config.warmup_teacher_temperature, config.warmup_teacher_temperature_epochs) == (0.04, 0)
-    assert config.centre_momentum == 0.9
+    values = DINOConfig().model_dump()
+    assert [values[name] for name in ("output_dim", "hidden_dim", "bottleneck_dim")] == [65536, 2048, 256]
+    assert (values["num_head_layers"], values["freeze_last_layer_epochs"]) == (3, 1)
+    assert (values["norm_last_layer"], values["head_norm"]) == (True, False)
+    assert [value for name, value in values.items() if "temperature" in name] == [0.1, 0.04, 0.04, 0]
+    assert (values["momentum"], values["centre_momentum"]) == (0.996, 0.9)
     views = MultiCropConfig(**dino.DEFAULTS["views"])
-    assert (views.min_scale, views.interpolation, views.num_local, views.local_size) == (
-        0.4,
-        "bicubic",
-        8,
-        96,
-    )
-    assert views.local_scale == (0.05, 0.4)
+    assert (views.min_scale, views.local_scale, views.interpolation) == (0.4, (0.05, 0.4), "bicubic")
+    assert (views.num_local, views.local_size, views.local_blur_probability) == (8, 96, 0.5)
     assert (views.brightness, views.contrast, views.saturation, views.hue) == (0.4, 0.4, 0.2, 0.1)
-    assert (views.blur_probability, views.local_blur_probability) == ((1.0, 0.1), 0.5)
-    assert views.solarize_probability == (0.0, 0.2)
-
-
-def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone() -> None:
-    before = torch.get_rng_state()
-    states = [tiny(seed).state_dict() for seed in (3, 3, 4)]
-    assert torch.equal(before, torch.get_rng_state())
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
+    assert (views.blur_probability, views.solarize_probability) == ((1.0, 0.1), (0.0, 0.2))
 
 
 def test_a_network_that_would_resize_the_small_views_is_refused() -> None:
