@@ -33,6 +33,7 @@ from fdkit.training.optimizer import OptimizerConfig, build_optimizer, parameter
 DURATION = Duration(num_steps=100, steps_per_epoch=10)
 PROGRESS = 0.25
 """Of the timed steps: the third of ten epochs, in which DINO's prototypes train."""
+MAX_NORM = 3.0
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 IMAGE_SIZE, LOCAL_SIZE = 224, 96
 WIDTHS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_224"}
@@ -122,7 +123,17 @@ def follow_one_by_one(target: nn.Module, source: nn.Module, momentum: float) -> 
         old.data = old.data * momentum + new.data * (1 - momentum)
 
 
-class PlainMoCoV3(nn.Module):
+class PlainMethod(nn.Module):
+    """A method as first written; what most of them do not do between gradient and next step stands here."""
+
+    def before_step(self) -> None:
+        """What is done to the gradients."""
+
+    def after_step(self) -> None:
+        """What follows the optimiser."""
+
+
+class PlainMoCoV3(PlainMethod):
     """Chen et al. 2021, algorithm 1, in the order of facebookresearch/moco-v3."""
 
     def __init__(self, method: Any) -> None:
@@ -148,11 +159,8 @@ class PlainMoCoV3(nn.Module):
         labels = torch.arange(len(logits), device=logits.device)
         return F.cross_entropy(logits, labels) * (2 * self.temperature)
 
-    def after_step(self) -> None:
-        """Nothing: the momentum encoder moves before the keys."""
 
-
-class PlainDINO(nn.Module):
+class PlainDINO(PlainMethod):
     """Caron et al. 2021, algorithm 1 with multi-crop, as in facebookresearch/dino."""
 
     def __init__(self, method: Any) -> None:
@@ -181,6 +189,14 @@ class PlainDINO(nn.Module):
         self.centre = self.centre * 0.9 + teacher_scores.mean(dim=0, keepdim=True) * 0.1
         return sum(terms) / len(terms)  # type: ignore[return-value]
 
+    def before_step(self) -> None:
+        """Clip each parameter's gradient by its own norm."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                factor = MAX_NORM / (parameter.grad.norm() + 1e-6)
+                if factor < 1:
+                    parameter.grad.mul_(factor)
+
     def after_step(self) -> None:
         """Move the teacher."""
         follow_one_by_one(self.teacher, self.student, self.momentum)
@@ -205,7 +221,7 @@ class PlainDINOHead(nn.Module):
         return scores
 
 
-class PlainMAE(nn.Module):
+class PlainMAE(PlainMethod):
     """He et al. 2021, as in facebookresearch/mae: all patches are embedded, and all are decoded."""
 
     def __init__(self, method: Any) -> None:
@@ -235,8 +251,10 @@ class PlainMAE(nn.Module):
         errors = ((prediction - pixel_targets(images)) ** 2).mean(dim=-1)
         return (errors * is_hidden).sum() / is_hidden.sum()
 
-    def after_step(self) -> None:
-        """Nothing follows the optimiser."""
+    def before_step(self) -> None:
+        """The norm of the gradient, which is only logged."""
+        norms = [parameter.grad.norm() for parameter in self.parameters() if parameter.grad is not None]
+        torch.stack(norms).norm()
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -262,20 +280,26 @@ class Setting(NamedTuple):
     plain: Callable[[Method], Any]
     network: dict[str, Any]
     optim: OptimizerConfig
+    model: str
     batch_size: int
     num_local: int = 0
 
 
 SETTINGS = {
     "mocov3": Setting(
-        PlainMoCoV3, {}, OptimizerConfig(lr=2e-6, weight_decay=0.1, decay_exempt="none", clip_grad=None), 4
+        PlainMoCoV3,
+        {},
+        OptimizerConfig(lr=2e-6, weight_decay=0.1, decay_exempt="none", clip_grad=None),
+        "small",
+        4,
     ),
     "dino": Setting(
         PlainDINO,
         {"drop_path": 0.1},
         OptimizerConfig(
-            lr=4e-6, weight_decay=0.04, decay_exempt="1d", clip_grad=3.0, clip_each_parameter=True
+            lr=4e-6, weight_decay=0.04, decay_exempt="1d", clip_grad=MAX_NORM, clip_each_parameter=True
         ),
+        "small",
         2,
         num_local=8,
     ),
@@ -283,7 +307,8 @@ SETTINGS = {
         PlainMAE,
         {},
         OptimizerConfig(lr=5e-6, weight_decay=0.05, decay_exempt="1d", betas=(0.9, 0.95), clip_grad=None),
-        8,
+        "base",
+        4,
     ),
 }
 
@@ -346,11 +371,7 @@ def plain_step(method: Method, case: Case) -> Step:
             loss = model([statistics(view) for view in views])
         optimizer.zero_grad()
         loss.backward()
-        for parameter in model.parameters() if setting.optim.clip_grad else ():
-            if parameter.grad is not None:
-                factor = setting.optim.clip_grad / (parameter.grad.norm() + 1e-6)
-                if factor < 1:
-                    parameter.grad.mul_(factor)
+        model.before_step()
         optimizer.step()
         model.after_step()
         return loss.item()
@@ -404,18 +425,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--method", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--model", nargs="+", choices=WIDTHS, default=["small"])
+    parser.add_argument(
+        "--model", choices=WIDTHS, help="small for MoCo v3 and DINO, base for MAE if left out"
+    )
     parser.add_argument("--precision", nargs="+", choices=TOLERANCES, default=["fp32"])
-    parser.add_argument("--batch-size", type=int, help="4 for MoCo v3, 2 for DINO, 8 for MAE if left out")
+    parser.add_argument("--batch-size", type=int, help="4 for MoCo v3 and MAE, 2 for DINO if left out")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     cases = [
-        Case(method, model, precision, args.batch_size or SETTINGS[method].batch_size, args.device)
+        Case(
+            method,
+            args.model or SETTINGS[method].model,
+            precision,
+            args.batch_size or SETTINGS[method].batch_size,
+            args.device,
+        )
         for method in args.method
-        for model in args.model
         for precision in args.precision
     ]
     results = [compare(case, repeats=args.repeats) for case in cases]

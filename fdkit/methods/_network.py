@@ -11,7 +11,7 @@ from fdkit.errors import ConfigError, WeightsError
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Pooling, Preprocessing
 from fdkit.models.batch_norm import synchronise_batch_norm
 from fdkit.models.libraries import build_timm, check_state
-from fdkit.models.vit import fix_position, mae_initialise, patch_projection, xavier_initialise
+from fdkit.models.vit import dino_initialise, fix_position, mae_initialise, patch_projection, xavier_initialise
 from fdkit.teachers.loading import load_teacher
 
 
@@ -31,8 +31,8 @@ class NetworkConfig(Config):
     """Positions of a vision transformer: learned, fixed 2-D sine-cosine, or none; other networks keep their own."""
     sincos_first: Literal["row", "column"] = "row"
     """Which axis has the first half of the sine-cosine channels: row in MoCo v3, column in MAE."""
-    initialisation: Literal["timm", "xavier", "mae"] = "timm"
-    """Random start: timm's own, or for a vision transformer Xavier-uniform as MoCo v3 or as MAE draws it."""
+    initialisation: Literal["timm", "xavier", "mae", "dino"] = "timm"
+    """Random start: timm's own, or for a vision transformer as MoCo v3 (xavier), MAE or DINO draws it."""
     freeze_patch_projection: bool = False
     """Keep the patch projection of a vision transformer at its start, as MoCo v3 does for stability."""
     pooling: Pooling = "cls"
@@ -117,6 +117,8 @@ def _prepare_vit(network: nn.Module, config: NetworkConfig) -> None:
         xavier_initialise(network)
     elif config.initialisation == "mae":
         mae_initialise(network)
+    elif config.initialisation == "dino":
+        dino_initialise(network)
     if config.position == "sincos":
         fix_position(network, first=config.sincos_first)
     if not config.freeze_patch_projection:

@@ -36,7 +36,7 @@ from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.momentum import follow, momentum_at
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "network": {"drop_path": 0.1, "interpolation": "bicubic"},
+    "network": {"drop_path": 0.1, "initialisation": "dino", "interpolation": "bicubic"},
     "views": {"min_scale": 0.4, "interpolation": "bicubic"},
 }
 

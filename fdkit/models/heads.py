@@ -60,14 +60,12 @@ class Prototypes(nn.Module):
 
     def __init__(self, in_dim: int, num_prototypes: int, *, learn_gain: bool = False) -> None:
         super().__init__()
-        self.learn_gain = learn_gain
         self.weight = nn.Parameter(nn.Linear(in_dim, num_prototypes, bias=False).weight.detach())
         self.gain = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=learn_gain)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, K) of rows (B, C)."""
-        directions = self.weight / self.weight.norm(dim=1, keepdim=True)
-        return F.linear(rows, directions * self.gain if self.learn_gain else directions)
+        return F.linear(rows, torch._weight_norm(self.weight, self.gain, 0))
 
 
 class DINOHead(nn.Module):

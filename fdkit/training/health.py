@@ -60,11 +60,13 @@ MEASURED = {
     "effective_rank": Sign(1, 3, 0.1, 2, "the number of directions that features take up"),
 }
 """By the collapse monitor."""
+PATIENCE = 20
+"""Logged lines in a row that a method's own number is low in a collapse; early in a run some are low for a while."""
 LOGGED = {
-    "feature_std": Sign(0, inf, 0.05, 5, "the spread of features over a batch"),
-    "projection_std": Sign(0, inf, 0.05, 5, "the spread of the projector's outputs over a batch"),
+    "feature_std": Sign(0, inf, 0.05, PATIENCE, "the spread of features over a batch"),
+    "projection_std": Sign(0, inf, 0.05, PATIENCE, "the spread of the projector's outputs over a batch"),
     "target_information": Sign(
-        0, 0.01, 0.05, 5, "what the teacher's choice of prototypes tells of an image, in nats,"
+        0, 0.01, 0.05, PATIENCE, "what the teacher's choice of prototypes tells of an image, in nats,"
     ),
 }
 """By methods, over the steps of a line."""

@@ -185,7 +185,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        return _sgd(groups, config)
     if config.name == "lars":
         return Lars(groups, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
     if config.name == "larc":
@@ -196,6 +196,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
     # Clipping is the loop's: timm's LAMB would clip a second time, at norm 1.
     return Lamb(groups, lr=config.lr, betas=config.betas, max_grad_norm=None)
+
+
+def _sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    """Fused SGD, ready for parameters that get their first gradient late: it takes all momentum buffers or none."""
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.momentum:
+        for parameter in trained_parameters(optimizer):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def loss_by_hand(method: DINO, views: list[Tensor], temperature: float) -> float
 
 
 def grads(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
 def take_step(method: DINO, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
@@ -106,10 +106,6 @@ def take_step(method: DINO, optimizer: torch.optim.Optimizer, number: int) -> Te
     optimizer.step()
     method.after_step(progress)
     return loss.detach()
-
-
-def optimiser(method: DINO, lr: float = 0.05) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr)
 
 
 # --- the loss of a step
@@ -213,7 +209,7 @@ def test_the_last_layer_waits_for_the_first_epochs() -> None:
 def test_the_teacher_follows_after_the_step_by_the_momentum_of_the_step(number: int) -> None:
     method = apart(tiny(momentum=0.9))
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    take_step(method, optimiser(method), number)
+    take_step(method, torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05), number)
     momentum = 1 - 0.1 * (1 + math.cos(math.pi * number / 12)) / 2
     for old, new in (("teacher", "student"), ("teacher_head", "head")):
         for name, parameter in getattr(method, new).named_parameters():
@@ -256,7 +252,7 @@ def test_looking_at_the_loss_leaves_the_centre_alone(how: str) -> None:
 
 def test_parts_of_a_batch_are_the_whole() -> None:
     whole, parts = (apart(tiny(network={"drop_path": 0.0})) for _ in range(2))
-    assert not whole.compares_images
+    assert (whole.compares_images, tiny(head_norm=True).compares_images) == (False, True)
     loss = whole(images(), 0.3)["loss"]
     loss.backward()
     losses = []
@@ -271,7 +267,7 @@ def test_parts_of_a_batch_are_the_whole() -> None:
 
 
 def test_steps_learn_and_keep_images_apart() -> None:
-    method = tiny(momentum=0.9, freeze_last_layer_epochs=0, teacher_temperature=0.07, centre_momentum=0.9)
+    method = tiny(momentum=0.9, freeze_last_layer_epochs=0, teacher_temperature=0.07)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=2e-3)
     method.begin(DURATION._replace(num_steps=80))
     divergences, used = [], []
@@ -312,10 +308,6 @@ def test_batch_norms_see_all_views_of_a_size_together() -> None:
     assert seen == {"student": [8, 12], "teacher": [8]}
     assert (norm.num_batches_tracked.item(), old_norm.num_batches_tracked.item()) == (2, 1)
     assert grads(method).keys() == {n for n, p in method.named_parameters() if p.requires_grad}
-
-
-def test_batch_norms_of_the_head_compare_images() -> None:
-    assert tiny(head_norm=True).compares_images
 
 
 def test_a_resnet_starts_as_torchvisions() -> None:
@@ -362,7 +354,6 @@ def test_the_teacher_is_what_is_exported(tmp_path: Any) -> None:
     assert type(loaded.network) is timm.models.VisionTransformer
     view = images()[0].float()
     torch.testing.assert_close(loaded(view).all(), method.teacher.eval()(view).all())
-    assert not torch.allclose(loaded(view).all(), method.student.eval()(view).all(), atol=1e-2)
 
 
 def test_the_defaults_are_those_of_the_code() -> None:

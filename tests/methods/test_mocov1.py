@@ -1,4 +1,4 @@
-"""What MoCo v1 does otherwise than MoCo v2, whose tests hold what the two share."""
+"""What MoCo v1 says itself; what it shares with v2 is in test_momentum_contrast."""
 
 from typing import Any
 

@@ -59,5 +59,5 @@ def test_a_queue_that_batches_do_not_fill_is_refused() -> None:
     check_queue(16, 8, section="swav")
     with pytest.raises(ConfigError, match=r"swav.queue_size 20 is no multiple of the 8 images.*\n.*-size 16"):
         check_queue(20, 8, section="swav")
-    with pytest.raises(ConfigError, match="--swav.queue-size 8"):
+    with pytest.raises(ConfigError, match=r"--swav.queue-size 8"):
         check_queue(3, 8, section="swav")

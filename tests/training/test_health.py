@@ -15,6 +15,7 @@ from fdkit.models.representation import channel_std, effective_rank
 from fdkit.training.health import (
     DIP,
     LOGGED,
+    PATIENCE,
     SPIKE_HISTORY,
     SPIKE_MIN_HISTORY,
     SPIKE_QUIET_LINES,
@@ -232,10 +233,10 @@ def test_prototypes_that_tell_nothing_of_an_image_are_a_collapse(entropy: float)
     health = Health(100)
     health.logged(10, {"target_entropy": 2.0, "prototypes_used": 150.0})
     line = {"target_entropy": entropy, "prototypes_used": math.exp(entropy + 0.001)}
-    for step in range(20, 24):
+    for step in range(20, 19 + PATIENCE):
         health.logged(step, line)
     with pytest.raises(NumericsError, match=r"tells of an image, in nats, is 0\.001, was 3\.01 at best"):
-        health.logged(24, line)
+        health.logged(19 + PATIENCE, line)
     assert health.last_good_step == 10
 
 

@@ -207,3 +207,15 @@ def test_settings_without_effect_are_refused() -> None:
         OptimizerConfig(lr_schedule="steps")
     with pytest.raises(ConfigError, match="clip_each_parameter has no effect"):
         OptimizerConfig(clip_grad=None, clip_each_parameter=True)
+
+
+def test_sgd_takes_parameters_that_get_their_first_gradient_late() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = build_optimizer(layer, OptimizerConfig(name="sgd", lr=0.3, weight_decay=0, momentum=0.5))
+    start = layer.bias.detach().clone()
+    layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer.step()
+    assert torch.equal(layer.bias, start)
+    layer.bias.grad = torch.ones_like(layer.bias)
+    optimizer.step()
+    torch.testing.assert_close(layer.bias.detach(), start - 0.3)

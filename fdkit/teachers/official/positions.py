@@ -7,6 +7,7 @@ stays as it is, to the bit.
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdkit.models.any_size import resample_by_scale
 from fdkit.models.vit import sincos_position
 from fdkit.teachers.official._layout import Grid
 
@@ -28,10 +29,7 @@ def by_scale(table: Tensor, old: Grid, new: Grid) -> Tensor:
     Source: facebookresearch/dino, vision_transformer.py, interpolate_pos_encoding; the same in bytedance/ibot and, for
     models without registers, in facebookresearch/dinov2.
     """
-    if old == new:
-        return table
-    factors = [(target + 0.1) / source for source, target in zip(old, new, strict=True)]
-    return _as_tokens(F.interpolate(_as_map(table, old), scale_factor=factors, mode="bicubic"), table)
+    return resample_by_scale(table, old, new)
 
 
 def by_size_antialiased(table: Tensor, old: Grid, new: Grid) -> Tensor:
