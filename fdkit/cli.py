@@ -116,8 +116,13 @@ def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:
     choices = import_module(f"fdkit.commands.{name}").choices()
     if not rest or rest[0] in {"-h", "--help"}:
         print(f"{entry.summary}\n\nusage: {entry.usage}\n\n{_described(entry.choices, choices)}")
-        if recipes := [recipe.partition("/")[2] for recipe in recipe_names() if recipe.startswith(f"{name}/")]:
-            print("\n" + fill(f"recipes (--recipe NAME): {', '.join(recipes)}", width=100, subsequent_indent="  "))
+        if recipes := [
+            recipe.partition("/")[2] for recipe in recipe_names() if recipe.startswith(f"{name}/")
+        ]:
+            print(
+                "\n"
+                + fill(f"recipes (--recipe NAME): {', '.join(recipes)}", width=100, subsequent_indent="  ")
+            )
         print(f"\nfdkit {name} {choices[0]} --help shows every option.")
         sys.exit(0 if rest else 2)
     if rest[0] not in choices:

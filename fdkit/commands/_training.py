@@ -97,7 +97,7 @@ def run_training(
         finally:
             save_curves(run)
         rows = run.metrics() if run.writes else []
-        last = next((row for row in reversed(rows) if "loss" in row), {})
+        last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     numbers = {"run": str(folder), "last": last}
     return Outcome(numbers, lambda: _show(folder))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdkit.models.representation import channel_std
+from fdkit.models.representation import unit_rows
 
 
 class Contrast(NamedTuple):
@@ -32,14 +32,3 @@ def info_nce(queries: Tensor, keys: Tensor, *, temperature: float, first_label: 
     cosines = cosines.detach()
     positive_similarity = cosines.gather(1, labels[:, None]).mean()
     return Contrast(loss, positive_similarity, (cosines.argmax(dim=1) == labels).float().mean())
-
-
-@torch.no_grad()
-def feature_std(features: Tensor) -> Tensor:
-    """What `channel_std` says of rows (B, d)."""
-    return channel_std(features)
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows (B, d) scaled to length 1, in float32 or finer."""
-    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)

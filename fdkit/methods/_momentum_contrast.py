@@ -17,7 +17,7 @@ from torch import Tensor
 from fdkit.config import Config
 from fdkit.data.views import TwoViews, TwoViewsConfig, Views
 from fdkit.errors import ConfigError
-from fdkit.methods._contrast import Contrast, feature_std, unit_rows
+from fdkit.methods._contrast import Contrast
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods._queue import Queue, check_queue
@@ -26,6 +26,7 @@ from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.collectives import gather_rows, rank, world_size
 from fdkit.models.heads import mlp_head
 from fdkit.models.momentum import follow, momentum_copy
+from fdkit.models.representation import channel_std, unit_rows
 from fdkit.models.split_batch_norm import deal, split_batch_norm, undo_deal
 
 
@@ -127,7 +128,7 @@ class MomentumContrast(Method):
             self.queue.rows,
             temperature=self.config.temperature,
         )
-        return {**contrast._asdict(), "feature_std": feature_std(features)}
+        return {**contrast._asdict(), "feature_std": channel_std(features)}
 
     def after_step(self, progress: float) -> None:
         """Queue the keys of the step, and let the next forward pass move the momentum encoder."""

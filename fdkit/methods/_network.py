@@ -11,7 +11,13 @@ from fdkit.errors import ConfigError, WeightsError
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Pooling, Preprocessing
 from fdkit.models.batch_norm import synchronise_batch_norm
 from fdkit.models.libraries import build_timm, check_state
-from fdkit.models.vit import dino_initialise, fix_position, mae_initialise, patch_projection, xavier_initialise
+from fdkit.models.vit import (
+    dino_initialise,
+    fix_position,
+    mae_initialise,
+    patch_projection,
+    xavier_initialise,
+)
 from fdkit.teachers.loading import load_teacher
 
 

@@ -18,13 +18,13 @@ from fdkit.config import Config
 from fdkit.data.views import TwoViews, TwoViewsConfig, Views
 from fdkit.errors import ConfigError
 from fdkit.methods._batch_norm import check_batch_norm
-from fdkit.methods._contrast import feature_std, unit_rows
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods._resnet import with_full_residuals
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.heads import mlp_head
 from fdkit.models.momentum import MomentumSchedule, follow, momentum_at
+from fdkit.models.representation import channel_std, unit_rows
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {"architecture": "resnet50", "pooling": "patches"},
@@ -115,8 +115,8 @@ class BYOL(Method):
         return {
             "loss": loss,
             "positive_similarity": 1 - loss.detach() / 4,
-            "projection_std": (feature_std(projections[0]) + feature_std(projections[1])) / 2,
-            "feature_std": (feature_std(features[0]) + feature_std(features[1])) / 2,
+            "projection_std": (channel_std(projections[0]) + channel_std(projections[1])) / 2,
+            "feature_std": (channel_std(features[0]) + channel_std(features[1])) / 2,
         }
 
     def after_step(self, progress: float) -> None:

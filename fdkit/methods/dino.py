@@ -15,7 +15,6 @@ from torch import Tensor
 from fdkit.data.views import MultiCrop, MultiCropConfig
 from fdkit.errors import ConfigError
 from fdkit.methods._batch_norm import check_batch_norm
-from fdkit.methods._contrast import feature_std
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods._resnet import with_full_residuals
@@ -34,6 +33,7 @@ from fdkit.methods._self_distillation import (
 )
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.momentum import follow, momentum_at
+from fdkit.models.representation import channel_std
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {"drop_path": 0.1, "initialisation": "dino", "interpolation": "bicubic"},
@@ -110,7 +110,7 @@ class DINO(Method):
             "target_entropy": entropy,
             "divergence": loss.detach() - entropy,
             "prototypes_used": prototypes_used,
-            "feature_std": feature_std(features[: len(targets)]),
+            "feature_std": channel_std(features[: len(targets)]),
         }
 
     def before_step(self, progress: float) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from fdkit.data.views import MultiCrop, MultiCropConfig
 from fdkit.errors import ConfigError
 from fdkit.methods._batch_norm import check_batch_norm
-from fdkit.methods._contrast import feature_std
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods._resnet import with_full_residuals
@@ -40,6 +39,7 @@ from fdkit.methods._self_distillation import (
 from fdkit.models.backbone import Backbone, Pooling, pool
 from fdkit.models.heads import DINOHead
 from fdkit.models.momentum import follow, momentum_at
+from fdkit.models.representation import channel_std
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {
@@ -174,7 +174,7 @@ class EsViT(Method):
             "target_entropy": entropy,
             "divergence": view_loss.detach() - entropy,
             "prototypes_used": prototypes_used,
-            "feature_std": feature_std(own.features[: len(targets)]),
+            "feature_std": channel_std(own.features[: len(targets)]),
         }
         if self.region_head is None:
             return {"loss": view_loss, **scalars}

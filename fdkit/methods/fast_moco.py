@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from fdkit.config import Config
 from fdkit.data.views import TwoViews, TwoViewsConfig, Views
 from fdkit.errors import ConfigError
-from fdkit.methods._contrast import feature_std, info_nce
+from fdkit.methods._contrast import info_nce
 from fdkit.methods._method import Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.collectives import gather_rows, rank
 from fdkit.models.heads import mlp_head
 from fdkit.models.momentum import follow, momentum_copy
+from fdkit.models.representation import channel_std
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {"architecture": "resnet50", "pooling": "patches"},
@@ -180,7 +181,7 @@ class FastMoCo(Method):
                 [contrast.positive_similarity for contrast in contrasts]
             ).mean(),
             "top1": torch.stack([contrast.top1 for contrast in contrasts]).mean(),
-            "feature_std": (feature_std(features[0]) + feature_std(features[1])) / 2,
+            "feature_std": (channel_std(features[0]) + channel_std(features[1])) / 2,
         }
 
     def after_step(self, progress: float) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from fdkit.config import Config
 from fdkit.data.views import CropConfig, RandomCrop, Views
 from fdkit.errors import ConfigError
-from fdkit.methods._contrast import feature_std
 from fdkit.methods._method import Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.models.backbone import Backbone, Pooling
@@ -27,6 +26,7 @@ from fdkit.models.pixel_decoder import (
     pixel_targets,
     reconstruct,
 )
+from fdkit.models.representation import channel_std
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {
@@ -131,7 +131,7 @@ class MAE(Method):
         return {
             "loss": loss,
             "explained_variance": 1 - loss.detach() / target.var(correction=0),
-            "feature_std": feature_std(self._pooled(tokens)),
+            "feature_std": channel_std(self._pooled(tokens)),
         }
 
     def reconstruct(self, images: Tensor, generator: torch.Generator | None = None) -> Reconstruction:

@@ -17,13 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fdkit.config import Config
 from fdkit.data.views import TwoViews, TwoViewsConfig, Views
 from fdkit.errors import ConfigError
-from fdkit.methods._contrast import feature_std, info_nce
+from fdkit.methods._contrast import info_nce
 from fdkit.methods._method import Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.collectives import gather_rows, rank
 from fdkit.models.heads import mlp_head
 from fdkit.models.momentum import MomentumSchedule, follow, momentum_at, momentum_copy
+from fdkit.models.representation import channel_std
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {"position": "sincos", "initialisation": "xavier", "freeze_patch_projection": True}
@@ -126,7 +127,7 @@ class MoCoV3(Method):
             "loss": 2 * temperature * (contrasts[0].loss + contrasts[1].loss),
             "positive_similarity": (contrasts[0].positive_similarity + contrasts[1].positive_similarity) / 2,
             "top1": (contrasts[0].top1 + contrasts[1].top1) / 2,
-            "feature_std": (feature_std(features[0]) + feature_std(features[1])) / 2,
+            "feature_std": (channel_std(features[0]) + channel_std(features[1])) / 2,
         }
 
     def _features(self, network: Backbone, views: list[Tensor]) -> list[Tensor]:

@@ -19,12 +19,13 @@ from fdkit.config import Config
 from fdkit.data.views import TwoViews, TwoViewsConfig, Views
 from fdkit.errors import ConfigError
 from fdkit.methods._batch_norm import check_batch_norm
-from fdkit.methods._contrast import Contrast, feature_std, unit_rows
+from fdkit.methods._contrast import Contrast
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.collectives import gather_rows_with_gradient, rank
 from fdkit.models.heads import mlp_head
+from fdkit.models.representation import channel_std, unit_rows
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {
@@ -105,7 +106,7 @@ class SimCLR(Method):
             "loss": contrast.loss,
             "positive_similarity": contrast.positive_similarity,
             "top1": contrast.top1,
-            "feature_std": feature_std(features),
+            "feature_std": channel_std(features),
         }
 
 

@@ -17,11 +17,11 @@ from fdkit.config import Config
 from fdkit.data.views import TwoViews, TwoViewsConfig, Views
 from fdkit.errors import ConfigError
 from fdkit.methods._batch_norm import check_batch_norm
-from fdkit.methods._contrast import feature_std
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.heads import mlp_head
+from fdkit.models.representation import channel_std
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {"architecture": "resnet50", "pooling": "patches"},
@@ -98,8 +98,8 @@ class SimSiam(Method):
         ]
         return {
             "loss": -(cosines[0] + cosines[1]) / 2,
-            "projection_std": (feature_std(projections[0]) + feature_std(projections[1])) / 2,
-            "feature_std": (feature_std(features[0]) + feature_std(features[1])) / 2,
+            "projection_std": (channel_std(projections[0]) + channel_std(projections[1])) / 2,
+            "feature_std": (channel_std(features[0]) + channel_std(features[1])) / 2,
         }
 
 

@@ -19,7 +19,6 @@ from fdkit.config import Config
 from fdkit.data.views import MultiCrop, MultiCropConfig, Views
 from fdkit.errors import ConfigError
 from fdkit.methods._batch_norm import check_batch_norm
-from fdkit.methods._contrast import feature_std, unit_rows
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods._queue import Queue, check_queue
@@ -27,6 +26,7 @@ from fdkit.methods._resnet import with_full_residuals
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.collectives import gather_rows, rank, sum_over_ranks, world_size
 from fdkit.models.heads import mlp_head
+from fdkit.models.representation import channel_std, unit_rows
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {"architecture": "resnet50", "pooling": "patches", "std": (0.228, 0.224, 0.225)},
@@ -141,7 +141,7 @@ class SwAV(Method):
             "loss": loss,
             "top1": (large_scores.flip(0).argmax(dim=-1) == codes.argmax(dim=-1)).float().mean(),
             "prototype_usage": prototype_usage(large_scores / self.config.temperature),
-            "feature_std": feature_std(features[:num_large]),
+            "feature_std": channel_std(features[:num_large]),
         }
 
     def before_step(self, progress: float) -> None:

@@ -12,13 +12,19 @@ RANK_EPSILON = 1e-7
 BLOCK = 2048
 
 
+def unit_rows(features: Tensor) -> Tensor:
+    """Rows (N, C) scaled to length 1, in float32 or finer."""
+    return F.normalize(_wide(features), dim=1)
+
+
+@torch.no_grad()
 def channel_std(features: Tensor) -> Tensor:
     """Standard deviation over rows (N, C), scaled to length 1, averaged over channels; in [0, 1 / sqrt(C)].
 
     0 for rows that are equal; near 1 / sqrt(C) for rows in all directions. Deviations are from each channel's mean
     over the rows, with N as the divisor. Source: Chen and He 2021 (SimSiam), section 4.1.
     """
-    return _unit_rows(features).std(dim=0, correction=0).mean()
+    return unit_rows(features).std(dim=0, correction=0).mean()
 
 
 def effective_rank(features: Tensor) -> Tensor:
@@ -40,7 +46,7 @@ def alignment(first: Tensor, second: Tensor) -> Tensor:
     """
     if first.shape != second.shape:
         raise ValueError(f"two views of the same images: {tuple(first.shape)} against {tuple(second.shape)}")
-    return (_unit_rows(first) - _unit_rows(second)).square().sum(dim=1).mean()
+    return (unit_rows(first) - unit_rows(second)).square().sum(dim=1).mean()
 
 
 def uniformity(features: Tensor, *, block: int = BLOCK) -> Tensor:
@@ -49,7 +55,7 @@ def uniformity(features: Tensor, *, block: int = BLOCK) -> Tensor:
     0 for rows that are equal, near -4 for many rows in all of many directions. `block` rows are compared at a time.
     Raises ValueError for fewer than 2 rows. Source: Wang and Isola 2020, section 4.1, with t 2.
     """
-    rows = _unit_rows(features)
+    rows = unit_rows(features)
     count = len(rows)
     if count < 2:
         raise ValueError(f"uniformity compares pairs of rows; there is {count}")
@@ -66,7 +72,3 @@ def uniformity(features: Tensor, *, block: int = BLOCK) -> Tensor:
 
 def _wide(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
-
-
-def _unit_rows(features: Tensor) -> Tensor:
-    return F.normalize(_wide(features), dim=1)

@@ -202,7 +202,9 @@ def test_a_tiny_run_learns_without_collapse_and_is_a_teacher_at_once(name: str, 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # A centred target's entropy rises while its centre settles, and the loss with it; what is learnt is the rest.
     learnt = "divergence" if any("divergence" in line for line in lines) else "loss"
-    values = [line[learnt] for line in lines if learnt in line][1:]  # in the first line a queue is still random
+    values = [line[learnt] for line in lines if learnt in line][
+        1:
+    ]  # in the first line a queue is still random
     assert values[-1] < values[0], values
     teacher = load_teacher(str(run))
     features = teacher.encode(torch.rand(32, 3, 16, 16)).patches.mean(dim=1)

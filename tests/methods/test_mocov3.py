@@ -11,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fdkit.data.views import TwoViewsConfig
 from fdkit.errors import ConfigError
-from fdkit.methods._contrast import feature_std, info_nce
+from fdkit.methods._contrast import info_nce
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods.mocov3 import DEFAULTS, MoCoV3, MoCoV3Config, build
 from fdkit.models.backbone import Backbone
+from fdkit.models.representation import channel_std
 
 TINY_VIT = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 HEADS = {"hidden_dim": 12, "output_dim": 6}
@@ -97,8 +98,8 @@ def test_matching_features_are_found() -> None:
 
 
 def test_feature_std_tells_collapse_from_health() -> None:
-    assert feature_std(torch.ones(16, 64)).item() == pytest.approx(0, abs=1e-6)
-    assert feature_std(torch.randn(4096, 64)).item() == pytest.approx(1 / 8, rel=0.01)
+    assert channel_std(torch.ones(16, 64)).item() == pytest.approx(0, abs=1e-6)
+    assert channel_std(torch.randn(4096, 64)).item() == pytest.approx(1 / 8, rel=0.01)
 
 
 def test_a_collapse_shows_in_feature_std_although_queries_are_normalised() -> None:

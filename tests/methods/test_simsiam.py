@@ -13,10 +13,10 @@ from fdkit.commands import pretrain
 from fdkit.config import find_recipe, read_yaml, validate
 from fdkit.data.views import TwoViewsConfig
 from fdkit.errors import ConfigError
-from fdkit.methods._contrast import feature_std
 from fdkit.methods._method import Duration
 from fdkit.methods._network import NetworkConfig
 from fdkit.methods.simsiam import SimSiam, SimSiamConfig, build, build_projector, mean_cosine
+from fdkit.models.representation import channel_std
 from fdkit.training.optimizer import OptimizerConfig, build_optimizer
 
 VIT: dict[str, Any] = {
@@ -161,7 +161,7 @@ def test_twenty_steps_learn_and_log_scalars() -> None:
 
 def test_healthy_projections_spread_as_random_directions() -> None:
     projections = build_projector(32, SimSiamConfig())(torch.randn(256, 32))
-    assert feature_std(projections).item() == pytest.approx(1 / math.sqrt(2048), rel=0.01)  # 0.0221
+    assert channel_std(projections).item() == pytest.approx(1 / math.sqrt(2048), rel=0.01)  # 0.0221
 
 
 def test_a_collapse_shows_in_both_spreads() -> None:
