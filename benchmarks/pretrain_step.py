@@ -278,48 +278,28 @@ class Setting(NamedTuple):
     """What a method is measured as; the values are those of the official configuration."""
 
     plain: Callable[[Method], Any]
-    network: dict[str, Any]
     optim: OptimizerConfig
     model: str
     batch_size: int
+    drop_path: float = 0.0
     num_local: int = 0
 
 
+MOCOV3_OPTIM = OptimizerConfig(lr=2e-5, weight_decay=0.1, decay_exempt="none", clip_grad=None)
+DINO_OPTIM = OptimizerConfig(lr=2e-5, weight_decay=0.04, decay_exempt="1d", clip_grad=MAX_NORM)
+MAE_OPTIM = OptimizerConfig(lr=2e-5, weight_decay=0.05, decay_exempt="1d", betas=(0.9, 0.95), clip_grad=None)
 SETTINGS = {
-    "mocov3": Setting(
-        PlainMoCoV3,
-        {},
-        OptimizerConfig(lr=2e-6, weight_decay=0.1, decay_exempt="none", clip_grad=None),
-        "small",
-        4,
-    ),
-    "dino": Setting(
-        PlainDINO,
-        {"drop_path": 0.1},
-        OptimizerConfig(
-            lr=4e-6, weight_decay=0.04, decay_exempt="1d", clip_grad=MAX_NORM, clip_each_parameter=True
-        ),
-        "small",
-        2,
-        num_local=8,
-    ),
-    "mae": Setting(
-        PlainMAE,
-        {},
-        OptimizerConfig(lr=5e-6, weight_decay=0.05, decay_exempt="1d", betas=(0.9, 0.95), clip_grad=None),
-        "base",
-        4,
-    ),
+    "mocov3": Setting(PlainMoCoV3, MOCOV3_OPTIM, "small", 4),
+    "dino": Setting(PlainDINO, DINO_OPTIM, "small", 2, drop_path=0.1, num_local=8),
+    "mae": Setting(PlainMAE, MAE_OPTIM, "base", 4),
 }
 
 
 def build_method(case: Case) -> Method:
     """The method in its published form, of the case's network."""
     setting = SETTINGS[case.method]
-    values: dict[str, Any] = {
-        "data": "demo",
-        "network": {"architecture": WIDTHS[case.model], **setting.network},
-    }
+    network = {"architecture": WIDTHS[case.model], "drop_path": setting.drop_path}
+    values: dict[str, Any] = {"data": "demo", "network": network}
     if setting.num_local:
         values["views"] = {"num_local": setting.num_local, "local_size": LOCAL_SIZE}
     return pretrain.build_method(validate(pretrain.config_class(case.method), values, "benchmark"))

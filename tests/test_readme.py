@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fdkit.commands import pretrain
 from fdkit.teachers.catalog import families, list_teachers
 from fdkit.teachers.official import LAYOUTS
 
@@ -18,6 +19,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
         (r"teachers in (\d+) families", len(families())),
         (r"timm hosts (\d+)", sum(row.model.startswith("timm:") for row in list_teachers())),
         (r"not by its name: (\d+) layouts", len(LAYOUTS)),
+        (r"by one of (\d+) methods", len(pretrain.choices())),
     ],
 )
 def test_counts(words: str, count: int) -> None:

@@ -53,3 +53,78 @@ def test_the_official_distillations_hold_the_official_numbers(
     assert schedule.peak_lr == pytest.approx(peak_lr)
     assert schedule.warmup_steps == 6250
     assert config.optim.decay_exempt == "1d+tokens"
+
+
+def pretraining(name: str) -> Any:
+    values = {"data": "x", **read_yaml(find_recipe(name, "pretrain"))}
+    return validate(config_of(f"pretrain/{name}"), values, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimiser", "epochs", "batch_size", "peak_lr", "weight_decay", "warmup_epochs"),
+    [
+        ("mocov3_vits", "adamw", 300, 4096, 1.5e-4 * 16, 0.1, 40),
+        ("mocov3_vitb", "adamw", 300, 4096, 1.5e-4 * 16, 0.1, 40),
+        ("mocov3_vitl", "adamw", 300, 4096, 1.5e-4 * 16, 0.1, 40),
+        ("mocov3_r50", "lars", 100, 4096, 0.6 * 16, 1e-6, 10),
+        ("mocov3_r50_300ep", "lars", 300, 4096, 0.3 * 16, 1e-6, 10),
+        ("mocov3_r50_1000ep", "lars", 1000, 4096, 0.3 * 16, 1.5e-6, 10),
+        ("fast-moco", "sgd", 100, 512, 0.1, 1e-4, 1),
+        ("mae_vitb", "adamw", 1600, 4096, 1.5e-4 * 16, 0.05, 40),
+        ("mae_vitl", "adamw", 1600, 4096, 1.5e-4 * 16, 0.05, 40),
+        ("dino", "adamw", 100, 512, 5e-4 * 2, 0.04, 10),
+        ("esvit", "adamw", 300, 512, 5e-4 * 2, 0.04, 10),
+        ("simsiam", "sgd", 100, 512, 0.05 * 2, 1e-4, 0),
+        ("mocov1", "sgd", 200, 256, 0.03, 1e-4, 0),
+        ("mocov2", "sgd", 200, 256, 0.03, 1e-4, 0),
+        ("mocov2_800ep", "sgd", 800, 256, 0.03, 1e-4, 0),
+        ("byol", "lars", 300, 4096, 0.3 * 16, 1e-6, 10),
+        ("byol_1000ep", "lars", 1000, 4096, 0.2 * 16, 1.5e-6, 10),
+        ("simclr_vitb", "adamw", 100, 4096, 2e-4 * 16, 0.1, 40),
+        ("byol_vitb", "adamw", 100, 4096, 1e-4 * 16, 0.03, 40),
+        ("swav", "larc", 100, 4096, 4.8, 1e-6, 10),
+        ("swav_256", "larc", 400, 256, 0.6, 1e-6, 0),
+    ],
+)
+def test_the_official_pretrainings_hold_the_official_numbers(
+    name: str,
+    optimiser: str,
+    epochs: int,
+    batch_size: int,
+    peak_lr: float,
+    weight_decay: float,
+    warmup_epochs: int,
+) -> None:
+    from fdkit.training.schedule import build_schedule
+
+    config = pretraining(name)
+    assert (config.optim.name, config.train.epochs, config.train.batch_size) == (
+        optimiser,
+        epochs,
+        batch_size,
+    )
+    assert config.optim.weight_decay == weight_decay
+    schedule = build_schedule(
+        config.optim, batch_size=batch_size, steps_per_epoch=100, num_steps=100 * epochs
+    )
+    assert schedule.peak_lr == pytest.approx(peak_lr)
+    assert schedule.warmup_steps == 100 * warmup_epochs
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "swav"])
+def test_the_comparison_with_a_frozen_projection_differs_in_that_alone(name: str) -> None:
+    free, frozen = (pretraining(f"{name}_vitb{kind}").model_dump() for kind in ("", "_frozen"))
+    assert (
+        free["network"].pop("freeze_patch_projection"),
+        frozen["network"].pop("freeze_patch_projection"),
+    ) == (
+        False,
+        True,
+    )
+    assert free == frozen
+
+
+def test_dinos_rates_are_those_of_its_schedulers() -> None:
+    optim = pretraining("dino").optim
+    assert (optim.min_lr, optim.scale_min_lr, optim.warmup_reaches_peak) == (1e-6, False, True)
+    assert (optim.weight_decay_end, optim.clip_grad, optim.clip_each_parameter) == (0.4, 3.0, True)
