@@ -1,6 +1,7 @@
 """A batch that goes through the trunk in parts is the whole batch to heads and loss."""
 
 import copy
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_toys import Pictures, settings
+from training_toys import Pictures, exit_codes, final_weights, settings, start_ranks
 
 from fdkit.data.views import TwoViews, TwoViewsConfig
 from fdkit.errors import ConfigError
@@ -113,6 +114,18 @@ def test_a_run_is_that_of_the_whole_batch_and_not_that_of_its_parts(tmp_path: Pa
         return max(float((whole[name] - value).abs().max()) for name, value in other.items())
 
     assert distance(cached) < 0.01 * distance(parts)
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    cached = {"train_accumulate": 2, "train_cached_batch": True}
+    processes = start_ranks(2, functools.partial(trained, **cached), tmp_path / "two")
+    assert exit_codes(processes) == [0, 0]
+    trained(tmp_path / "one", **cached)
+    one, two = (final_weights(tmp_path / name) for name in ("one", "two"))
+    for name, value in one.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_what_cannot_be_cached_is_refused() -> None:
