@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fdkit.commands import pretrain
 from fdkit.config import Values, validate
 from fdkit.data.sources import ImageSource, open_source
+from fdkit.errors import ConfigError
 from fdkit.methods._method import Duration, Method
 from fdkit.teachers.loading import load_teacher
 
@@ -49,7 +50,8 @@ def configuration(method: str, **changes: Values) -> Any:
         "data": "demo",
         "network": {**NETWORKS.get(method, VIT), "crop_ratio": 1},
         "views": {name: value for name, value in VIEWS.items() if name in sections["views"]},
-        pretrain.section(method): {name: small(name, own) for name in own},
+        pretrain.section(method): {name: small(name, own) for name in own}
+        | ({"num_splits": 2} if "num_splits" in own else {}),
         **changes,
     }
     return validate(kind, values, "test")
@@ -104,6 +106,40 @@ def test_the_loss_is_finite_and_its_gradient_reaches_what_trains_and_nothing_els
             assert parameter.grad.isfinite().all(), key
         else:
             assert parameter.grad is None, f"{key} is frozen and gets a gradient"
+
+
+CONV_STEM: Values = {
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 2},
+    "stem": "conv",
+    "freeze_patch_projection": False,
+    "pooling": "cls",
+}
+RESNET: Values = {
+    "architecture": "resnet10t",
+    "model_args": {"channels": [8, 8, 16, 16], "stem_width": 4},
+    "pooling": "patches",
+    "position": "learned",
+    "initialisation": "timm",
+    "freeze_patch_projection": False,
+}
+LARGE = {"image_size": 64, "local_size": 32, "num_local": 1}
+
+
+@pytest.mark.parametrize("kind", ["conv stem", "resnet"])
+@pytest.mark.parametrize("name", METHODS)
+def test_other_kinds_of_networks_learn_too(name: str, kind: str) -> None:
+    network = CONV_STEM if kind == "conv stem" else RESNET
+    fields = pretrain.config_class(name).model_fields["views"].annotation.model_fields  # type: ignore[union-attr]
+    views = {key: value for key, value in LARGE.items() if key in fields}
+    if (name, kind) == ("mae", "resnet"):
+        with pytest.raises(ConfigError, match="cannot leave out patches"):
+            build(name, network=network, views=views)
+        return
+    method = build(name, network=network, views=views)
+    method(images(method), 0.0)["loss"].backward()
+    gradients = [p.grad for p in method.student.parameters() if p.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", METHODS)
