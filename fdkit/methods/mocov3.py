@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fdkit.config import Config
 from fdkit.data.views import TwoViews, TwoViewsConfig, Views
 from fdkit.errors import ConfigError
+from fdkit.methods._batch_norm import check_batch_norm
 from fdkit.methods._contrast import info_nce
-from fdkit.methods._method import Method
+from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.collectives import gather_rows, rank
@@ -99,6 +100,11 @@ class MoCoV3(Method):
             hidden_norm=config.head_norm,
             last_norm="plain" if config.head_norm and last_norm else "none",
         )
+
+    def begin(self, duration: Duration) -> None:
+        """Raises ConfigError for batch norms that would see a single image."""
+        super().begin(duration)
+        check_batch_norm(self, duration)
 
     def forward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
         """The loss, and scalars that tell whether training is healthy, over this rank's B images.

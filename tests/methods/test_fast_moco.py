@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fdkit.data.views import TwoViews, TwoViewsConfig
 from fdkit.errors import ConfigError
+from fdkit.methods._method import Duration
 from fdkit.methods._network import NetworkConfig
 from fdkit.methods.fast_moco import DEFAULTS, FastMoCo, FastMoCoConfig, build, divide
 from fdkit.models.backbone import Backbone, Preprocessing
@@ -85,7 +86,7 @@ def head_by_hand(rows: list[Tensor], head: nn.Module) -> list[Tensor]:
 
 def encode_by_hand(images: list[Tensor], student: Backbone) -> list[Tensor]:
     """The mean over the map, of equally large images that share one batch norm."""
-    network: Any = copy.deepcopy(student.network).train()
+    network: Any = student.network.train()
     return list(network(torch.stack(images)).mean(dim=(2, 3)))
 
 
@@ -127,8 +128,7 @@ def info_nce_by_hand(queries: list[Tensor], keys: list[Tensor], temperature: flo
 
 
 def loss_by_hand(method: FastMoCo, views: list[Tensor], *, momentum: float | None = None) -> Tensor:
-    """The loss of one step; momentum: of the update before the targets, None for none."""
-    method = copy.deepcopy(method)
+    """The loss of one step; momentum: of the update before the targets, which is made in place, None for none."""
     queries = [queries_by_hand(method, view) for view in views]
     target, projector = method.momentum_student, method.momentum_projector
     if target is None or projector is None:
@@ -137,7 +137,8 @@ def loss_by_hand(method: FastMoCo, views: list[Tensor], *, momentum: float | Non
         for old, new in ((target, method.student), (projector, method.projector)):
             for old_p, new_p in zip(old.parameters(), new.parameters(), strict=True):
                 old_p.data = momentum * old_p.data + (1 - momentum) * new_p.data
-    keys = [head_by_hand(encode_by_hand(list(view), target), projector) for view in views]
+    with torch.no_grad():
+        keys = [head_by_hand(encode_by_hand(list(view), target), projector) for view in views]
     temperature = method.config.temperature
     terms = [info_nce_by_hand(rows, keys[1], temperature) for rows in queries[0]]
     terms += [info_nce_by_hand(rows, keys[0], temperature) for rows in queries[1]]
@@ -169,30 +170,17 @@ def test_a_step_is_the_equation_in_loops(fields: dict[str, Any]) -> None:
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10, check_dtype=False)
 
 
-def test_gradients_are_those_of_the_equation_in_loops() -> None:
-    method, by_hand = tiny(), tiny()
+@pytest.mark.parametrize("fields", [{}, {"target": "shared", "momentum": None}])
+def test_gradients_are_those_of_the_equation_in_loops(fields: dict[str, Any]) -> None:
+    """The target has none, not even where it comes from the same network."""
+    method = tiny(**fields)
+    by_hand = copy.deepcopy(method)
+    loss_by_hand(by_hand, two_views(), momentum=0.99).backward()
     method(two_views(), 0.0)["loss"].backward()
-    views = two_views()
-    with torch.no_grad():
-        for old, new in (
-            (by_hand.momentum_student, by_hand.student),
-            (by_hand.momentum_projector, by_hand.projector),
-        ):
-            for old_p, new_p in zip(old.parameters(), new.parameters(), strict=True):  # type: ignore[union-attr]
-                old_p.lerp_(new_p, 0.01)
-    step = 1e-6
-    for name, index in (("predictor.3.bias", 2), ("projector.0.weight", 9), ("student.network.0.weight", 31)):
-        parameter = dict(by_hand.named_parameters())[name].data.view(-1)
-        start = parameter[index].item()
-        losses = []
-        for sign in (1, -1):
-            parameter[index] = start + sign * step
-            losses.append(loss_by_hand(by_hand, views).item())
-        parameter[index] = start
-        expected = (losses[0] - losses[1]) / (2 * step)
-        assert dict(method.named_parameters())[name].grad.view(-1)[index].item() == pytest.approx(
-            expected, rel=1e-5
-        )  # type: ignore[union-attr]
+    expected = grads(by_hand)
+    assert expected.keys() == grads(method).keys()
+    for name, gradient in grads(method).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-12, msg=name)
 
 
 # --- the card's facts
@@ -296,23 +284,6 @@ def test_gradients_reach_everything_that_trains_and_nothing_else(target: str) ->
     assert {name.partition(".")[0] for name in trained} == {"student", "projector", "predictor"}
 
 
-def test_a_shared_target_has_no_gradient_of_its_own() -> None:
-    """With all batch norms fixed, the gradient is that of a target which is a constant."""
-    method = tiny(target="shared", momentum=None).eval()
-    views = two_views()
-    method(views, 0.0)["loss"].backward()
-    with_shared = grads(method)
-    frozen = tiny(target="copy").eval()
-    frozen.load_state_dict(method.state_dict(), strict=False)
-    assert frozen.momentum_student is not None
-    assert frozen.momentum_projector is not None
-    frozen.momentum_student.load_state_dict(method.student.state_dict())
-    frozen.momentum_projector.load_state_dict(method.projector.state_dict())
-    frozen(views, 0.0)["loss"].backward()
-    for name, gradient in grads(frozen).items():
-        torch.testing.assert_close(with_shared[name], gradient, msg=name)
-
-
 def test_the_momentum_encoder_moves_once_an_optimiser_step_by_a_constant_share() -> None:
     method = tiny(momentum=0.75)
     assert method.momentum_student is not None
@@ -336,16 +307,6 @@ def test_looking_at_the_loss_leaves_the_momentum_encoder_alone(how: str) -> None
     with torch.set_grad_enabled(how != "no_grad"):
         assert method(two_views(), 0.1)["loss"].isfinite()
     assert torch.equal(start, method.momentum_student.network[0].weight)
-
-
-def test_a_resumed_run_goes_on_exactly() -> None:
-    whole, first = tiny(), tiny()
-    for method in (whole, first):
-        method(two_views(), 0.0)["loss"].backward()
-        method.after_step(0.0)
-    resumed = tiny(seed=9)
-    resumed.load_state_dict(first.state_dict())
-    assert torch.equal(resumed(two_views(), 0.5)["loss"], whole(two_views(), 0.5)["loss"])
 
 
 # --- building
@@ -443,6 +404,11 @@ def test_a_network_that_would_resize_tiles_is_refused() -> None:
     views = SimpleNamespace(num_views=2, image_size=SIZE)
     with pytest.raises(ConfigError, match="would resize tiles of 6 pixels"):
         FastMoCo(student, views, FastMoCoConfig(**HEADS), momentum_student=convolutions(), seed=0)
+
+
+def test_a_single_image_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot normalise a single image"):
+        tiny().begin(Duration(num_steps=10, batch_size=1, part_size=1))
 
 
 def test_other_than_two_views_are_refused() -> None:
