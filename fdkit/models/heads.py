@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +60,34 @@ class Prototypes(nn.Module):
 
     def __init__(self, in_dim: int, num_prototypes: int, *, learn_gain: bool = False) -> None:
         super().__init__()
+        self.learn_gain = learn_gain
         self.weight = nn.Parameter(nn.Linear(in_dim, num_prototypes, bias=False).weight.detach())
         self.gain = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=learn_gain)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, K) of rows (B, C)."""
-        return F.linear(rows, torch._weight_norm(self.weight, self.gain, 0))
+        if self.gain.requires_grad or torch.is_autocast_enabled(rows.device.type):
+            return F.linear(rows, torch._weight_norm(self.weight, self.gain, 0))
+        scores: Tensor = _Cosines.apply(rows, self.weight)
+        return scores * self.gain.T if self.learn_gain else scores
+
+
+class _Cosines(torch.autograd.Function):
+    """Rows times vectors over their lengths: the scores are divided, not the vectors, of which there are far more."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        inverse = torch.linalg.vector_norm(weight, dim=1).reciprocal_()
+        scores = (rows @ weight.T).mul_(inverse)
+        ctx.save_for_backward(rows, weight, inverse, scores)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight, inverse, scores = ctx.saved_tensors
+        scaled = grad * inverse
+        along = torch.linalg.vecdot(scaled, scores, dim=0) * inverse
+        return scaled @ weight, (scaled.T @ rows).addcmul_(weight, along[:, None], value=-1)
 
 
 class DINOHead(nn.Module):

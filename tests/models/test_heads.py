@@ -2,12 +2,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from fdkit.errors import ConfigError
 from fdkit.models.batch_norm import BatchNorm, synchronise_batch_norm
-from fdkit.models.heads import DINOHead, Prototypes, mlp_head
+from fdkit.models.heads import DINOHead, Prototypes, _Cosines, mlp_head
+from fdkit.models.momentum import momentum_copy
 
 
 def normalised(rows: Tensor) -> Tensor:
@@ -216,3 +218,23 @@ def test_dinos_head_takes_batch_norms_and_other_depths() -> None:
     kinds = [type(layer).__name__ for layer in DINOHead(3, 8, hidden_dim=5, num_layers=2, norm=True).mlp]
     assert kinds == ["Linear", "BatchNorm", "GELU", "Linear"]
     assert [type(layer).__name__ for layer in DINOHead(3, 8, num_layers=1).mlp] == ["Linear"]
+
+
+def test_cosines_and_their_gradients_are_those_of_weight_normalisation() -> None:
+    prototypes = Prototypes(4, 6).double()
+    rows = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda rows, weight: _Cosines.apply(rows, weight), (rows, prototypes.weight)
+    )
+    expected = F.linear(rows, torch._weight_norm(prototypes.weight, prototypes.gain, 0))
+    torch.testing.assert_close(prototypes(rows), expected)
+
+
+def test_a_frozen_copy_of_a_learned_gain_still_counts() -> None:
+    prototypes = Prototypes(4, 6, learn_gain=True).double()
+    with torch.no_grad():
+        prototypes.gain.uniform_(0.5, 2)
+    rows = torch.randn(5, 4, dtype=torch.float64)
+    expected = prototypes(rows)
+    torch.testing.assert_close(momentum_copy(prototypes)(rows), expected)
+    assert not torch.allclose(expected, F.linear(rows, F.normalize(prototypes.weight, dim=1)))
