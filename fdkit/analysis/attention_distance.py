@@ -19,10 +19,10 @@ from fdkit.analysis.observe import (
     backbone_of,
     num_attended_prefix_tokens,
     observe_attention,
-    patch_grid,
 )
 from fdkit.config import Config
 from fdkit.errors import ConfigError, DataError
+from fdkit.models.patches import patch_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

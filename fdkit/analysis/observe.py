@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fdkit.errors import ConfigError
 from fdkit.models.backbone import Backbone, Tokens
+from fdkit.models.patches import patch_grid
 
 if TYPE_CHECKING:
     from fdkit.teachers.teacher import Teacher
@@ -44,12 +45,6 @@ def num_attended_prefix_tokens(backbone: Backbone) -> int:
     """Class and register tokens that take part in attention, also those the backbone leaves out of its Tokens."""
     network = getattr(backbone.network, "trunk", backbone.network)  # open_clip wraps timm models as a trunk
     return int(getattr(network, "num_prefix_tokens", backbone.num_prefix_tokens))
-
-
-def patch_grid(backbone: Backbone) -> tuple[int, int]:
-    """(h, w): rows and columns of patch tokens, known before any image is seen."""
-    side = backbone.image_size // backbone.patch_size
-    return side, side
 
 
 @torch.no_grad()

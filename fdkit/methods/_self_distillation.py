@@ -16,6 +16,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from fdkit.config import Config
+from fdkit.data.views import MultiCrop
+from fdkit.errors import ConfigError
+from fdkit.models.backbone import Backbone
 from fdkit.models.collectives import sum_over_ranks, world_size
 from fdkit.models.heads import DINOHead
 from fdkit.models.momentum import Module, momentum_copy
@@ -66,6 +69,14 @@ def build_head(in_dim: int, config: SelfDistillationConfig) -> DINOHead:
         norm=config.head_norm,
         learn_gain=not config.norm_last_layer,
     )
+
+
+def refuse_resizing(student: Backbone, views: MultiCrop) -> None:
+    """Raises ConfigError for a network that would not take all views as they are."""
+    if resized := sorted(set(views.sizes) - {student.image_size, *student.sizes}):
+        raise ConfigError(
+            f"the network would resize views of {resized[0]} pixels; build it to take them as they are"
+        )
 
 
 def teacher_of(student: Module) -> Module:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fdkit.data.views import MultiCrop, MultiCropConfig
-from fdkit.errors import ConfigError
 from fdkit.methods._batch_norm import check_batch_norm
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
@@ -27,6 +26,7 @@ from fdkit.methods._self_distillation import (
     centred_targets,
     cross_entropy_of_pairs,
     keep_prototypes,
+    refuse_resizing,
     target_statistics,
     teacher_of,
     teacher_temperature,
@@ -58,10 +58,7 @@ class DINO(Method):
         self, student: Backbone, views: MultiCrop, config: DINOConfig, *, pooling: Pooling = "cls", seed: int
     ) -> None:
         super().__init__()
-        if resized := sorted(set(views.sizes) - {student.image_size, *student.sizes}):
-            raise ConfigError(
-                f"the network would resize views of {resized[0]} pixels; build it to take them as they are"
-            )
+        refuse_resizing(student, views)
         self.student = student
         self.views = views
         self.config = config

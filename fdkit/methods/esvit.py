@@ -31,6 +31,7 @@ from fdkit.methods._self_distillation import (
     centred_targets,
     cross_entropy_of_pairs,
     keep_prototypes,
+    refuse_resizing,
     summed_cross_entropy,
     target_statistics,
     teacher_of,
@@ -103,10 +104,7 @@ class EsViT(Method):
         seed: int,
     ) -> None:
         super().__init__()
-        if resized := sorted(set(views.sizes) - {student.image_size, *student.sizes}):
-            raise ConfigError(
-                f"the network would resize views of {resized[0]} pixels; build it to take them as they are"
-            )
+        refuse_resizing(student, views)
         if config.view_only_epochs and not config.region_loss:
             raise ConfigError(
                 f"esvit.view_only_epochs {config.view_only_epochs} has no effect: no epoch compares regions",

@@ -7,7 +7,6 @@ Source: Vaswani et al. 2017, equation 1: a row of the attended values depends on
 
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers import (
     GELUTanh,
     GluMlp,
@@ -26,6 +25,7 @@ from timm.layers.drop import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from fdkit.models.partial_block import block_rows
 from fdkit.models.stochastic_depth import ConstantDropPath
 from fdkit.models.tokens import norm_after_pool
 
@@ -69,37 +69,8 @@ def class_token(network: Any, images: Tensor) -> Tensor:
     tokens = network.norm_pre(network._pos_embed(network.patch_embed(images)))
     for block in blocks:
         tokens = block(tokens)
-    token = _through_block(last, tokens)
+    token = block_rows(last, tokens, slice(0, 1))
     return norm_after_pool(network)(network.norm(token))[:, 0]
-
-
-def _through_block(block: Any, tokens: Tensor) -> Tensor:
-    """The first token (B, 1, C) behind a block that reads tokens (B, N, C)."""
-    token = tokens[:, :1]
-    token = token + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(tokens))))
-    return token + block.drop_path2(block.ls2(block.mlp(block.norm2(token))))
-
-
-def _attend(attention: Any, tokens: Tensor) -> Tensor:
-    """What timm's attention gives the first of the tokens (B, N, C), (B, 1, C)."""
-    token, width = tokens[:, :1], attention.attn_dim
-    sections = (width, 2 * width)
-    weights = attention.qkv.weight.split(sections)
-    biases = (None, None) if attention.qkv.bias is None else attention.qkv.bias.split(sections)
-    by_head = (attention.num_heads, attention.head_dim)
-    query = F.linear(token, weights[0], biases[0]).unflatten(-1, by_head).transpose(1, 2)  # (B, H, 1, D)
-    keys_values = F.linear(tokens, weights[1], biases[1]).unflatten(-1, (2, *by_head))
-    key, value = keys_values.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
-    query, key = attention.q_norm(query), attention.k_norm(key)
-    if attention.fused_attn:
-        attended = F.scaled_dot_product_attention(query, key, value)
-    else:
-        attended = (query * attention.scale @ key.transpose(-2, -1)).softmax(dim=-1) @ value
-    attended = attention.norm(attended.transpose(1, 2).flatten(2))
-    if attention.gate is not None:
-        attended = attended * attention.gate(token).sigmoid()
-    projected: Tensor = attention.proj(attended)
-    return projected
 
 
 def _is_watched(part: nn.Module) -> bool:

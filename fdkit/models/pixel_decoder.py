@@ -1,15 +1,15 @@
 """MAE's decoder: a light transformer that says what the pixels of hidden patches are."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdkit.errors import ConfigError
 from fdkit.models.backbone import Backbone
 from fdkit.models.masking import Split
+from fdkit.models.partial_block import block_rows
 from fdkit.models.patches import encode_visible, patchify, take_rows, unpatchify
 from fdkit.models.vit import MAE_TOKEN_STD, sincos_position, xavier_linear_layers
 
@@ -72,7 +72,7 @@ class PixelDecoder(nn.Module):
         for block in blocks:
             tokens = block(tokens)
         # The loss reads hidden patches alone: the last block's queries and MLP are not needed elsewhere.
-        tokens = block_from(last, tokens, first=tokens.shape[1] - split.hidden.shape[1])
+        tokens = block_rows(last, tokens, slice(-split.hidden.shape[1], None))
         prediction: Tensor = self.pred(self.norm(tokens))
         return prediction
 
@@ -93,22 +93,6 @@ class PixelDecoder(nn.Module):
         known, unknown = self.embed(tokens), self.mask_token + rows[split.hidden]
         prefix, visible = known.tensor_split([self.num_prefix_tokens], dim=1)
         return torch.cat([prefix + prefix_rows, visible + rows[split.visible], unknown], dim=1)
-
-
-def block_from(block: Any, tokens: Tensor, *, first: int) -> Tensor:
-    """What one of the decoder's timm blocks makes of tokens[:, first:], which attend to all tokens (B, N, C)."""
-    attention = block.attn
-    width = tokens.shape[-1]
-    normed = block.norm1(tokens)
-    query_weight, rest_weight = attention.qkv.weight.split([width, 2 * width])
-    query_bias, rest_bias = attention.qkv.bias.split([width, 2 * width])
-    queries = F.linear(normed[:, first:], query_weight, query_bias).unflatten(-1, (attention.num_heads, -1))
-    rest = F.linear(normed, rest_weight, rest_bias).unflatten(-1, (2, attention.num_heads, -1))
-    keys, values = rest.permute(2, 0, 3, 1, 4).unbind(0)
-    attended = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values)
-    tokens = tokens[:, first:] + attention.proj(attended.transpose(1, 2).flatten(2))
-    output: Tensor = tokens + block.mlp(block.norm2(tokens))
-    return output
 
 
 class PatchStatistics(NamedTuple):
