@@ -1,9 +1,10 @@
 """What each pretraining method makes of CIFAR-10 for the same budget, and what budget it needs to be worth anything.
 
 Every method trains from random weights, without labels, for the same seconds of one CPU thread (or of a GPU): the same
-small ViT with each method's own positions, start and pooled token, and for EsViT a small Swin. Frozen features are then measured by kNN and a linear probe on
-labelled images (5,000 training images, all test images), beside the same network before its first step, and
-beside raw pixels. An online kNN on 2,000 training and 1,000 test images tells when features first beat both.
+small ViT with each method's own positions, start and pooled token, and for EsViT a small Swin. Frozen features are then
+measured by kNN and a linear probe on labelled images (5,000 training images, all test images), beside the same network
+before its first step, and beside raw pixels. An online kNN on 2,000 training and 1,000 test images tells when features
+first beat both.
 
     python benchmarks/pretrain_quality.py --data ../shared/data/cifar10 --seconds 180 \
         --output benchmarks/results/pretrain_quality_cpu.json
