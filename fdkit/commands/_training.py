@@ -1,11 +1,9 @@
 """What the commands that train share: their fields, and the way from a method to a finished run folder."""
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from pydantic import Field
 
 from fdkit.analysis._figure import save_figure
@@ -15,9 +13,7 @@ from fdkit.commands._outcome import Outcome
 from fdkit.commands._reconstructions import build_reconstructions
 from fdkit.config import to_yaml
 from fdkit.data.loader import LoaderConfig, steps_per_epoch
-from fdkit.data.sources import BadImage, ImageSource, open_source
-from fdkit.data.views import CropConfig
-from fdkit.errors import ConfigError
+from fdkit.data.sources import ImageSource, open_source
 from fdkit.methods._method import Method
 from fdkit.report.training_curves import training_figure
 from fdkit.training.distributed import local_device, process_group
@@ -25,8 +21,6 @@ from fdkit.training.loop import Monitor, TrainConfig, train
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.run import Run
 
-NUM_LOOKED_AT = 16
-"""Images whose size is looked at before training."""
 NUM_PICTURES = 20
 """Pictures of reconstructions a run draws where the monitor's interval does not say."""
 
@@ -67,7 +61,6 @@ def run_training(
         Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
     ):
         source = open_source(config.data, "train")
-        refuse_small_images(source, config.views)
         method, facts = build(source)
         run.update(**facts)
         per_epoch = steps_per_epoch(source, config.train.batch_size)
@@ -100,26 +93,6 @@ def run_training(
         last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     numbers = {"run": str(folder), "last": last}
     return Outcome(numbers, lambda: _show(folder))
-
-
-def refuse_small_images(source: ImageSource, views: CropConfig) -> None:
-    """Raises ConfigError if the views are larger than all of some images spread over the source."""
-    sizes = [image.size for image in _some_images(source)]
-    if views.upscale or not sizes or any(max(size) >= views.image_size for size in sizes):
-        return
-    width, height = max(sizes)
-    raise ConfigError(
-        f"views.image_size {views.image_size} is larger than the images of {source.name}, such as {width} x {height} "
-        "pixels",
-        f"use --views.image-size {max(width, height)} or less, or --views.upscale to enlarge them",
-    )
-
-
-def _some_images(source: ImageSource) -> Iterator[Image.Image]:
-    """The readable ones of a few images, evenly spread."""
-    for index in range(0, len(source), max(1, len(source) // NUM_LOOKED_AT)):
-        with suppress(BadImage):
-            yield source.read(index)
 
 
 def save_curves(run: Run) -> None:

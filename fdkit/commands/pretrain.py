@@ -1,17 +1,23 @@
 """`fdkit pretrain mocov3 --data PATH`: make your own teacher from unlabelled images."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
+from PIL import Image
 from pydantic import Field, create_model
 
 from fdkit.commands._command import default_output, plugin, plugins, resolve
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._training import TrainingCommand, run_training
 from fdkit.config import Config, with_defaults
-from fdkit.data.sources import ImageSource
+from fdkit.data.sources import BadImage, ImageSource
+from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 
+NUM_LOOKED_AT = 16
+"""Images whose size is looked at before training."""
 WITH_TEACHER = {"feature-distillation"}
 
 
@@ -22,6 +28,9 @@ class PretrainConfig(TrainingCommand):
     """
 
     ALIASES: ClassVar[dict[str, str]] = {"--init": "--network.init"}
+
+    upscale: bool = False
+    """Train on images that are smaller than the views, enlarged; else they are refused."""
 
 
 def choices() -> list[str]:
@@ -59,7 +68,10 @@ def run(config: Any, *, handle_signals: bool = True) -> Outcome:
     folder = config.output or default_output("pretrain", config.method)
 
     def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
-        return build_method(config), {"method": config.method}
+        method = build_method(config)
+        if not config.upscale:
+            refuse_small_images(source, method.views.image_size)
+        return method, {"method": config.method}
 
     return run_training(config, folder, build, handle_signals=handle_signals)
 
@@ -71,6 +83,26 @@ def build_method(config: Any) -> Method:
         own, config.views, config.network, seed=config.seed
     )
     return method
+
+
+def refuse_small_images(source: ImageSource, image_size: int) -> None:
+    """Raises ConfigError if the views are larger than all of some images spread over the source."""
+    sizes = [image.size for image in _some_images(source)]
+    if not sizes or any(max(size) >= image_size for size in sizes):
+        return
+    width, height = max(sizes)
+    raise ConfigError(
+        f"views.image_size {image_size} is larger than the images of {source.name}, such as {width} x {height} "
+        "pixels",
+        f"use --views.image-size {max(width, height)} or less, or --upscale to enlarge them",
+    )
+
+
+def _some_images(source: ImageSource) -> Iterator[Image.Image]:
+    """The readable ones of a few images, evenly spread."""
+    for index in range(0, len(source), max(1, len(source) // NUM_LOOKED_AT)):
+        with suppress(BadImage):
+            yield source.read(index)
 
 
 def pretrain(method: str, data: str | Path, **fields: Any) -> Path:

@@ -63,8 +63,6 @@ class CropConfig(Config):
     """Mirror left and right in half of the views."""
     interpolation: Interpolation = "bilinear"
     """How crops are resized, always antialiased."""
-    upscale: bool = False
-    """Train on images that are smaller than the views, enlarged; else they are refused."""
 
     @model_validator(mode="after")
     def _has_a_range_of_scales(self) -> Self:

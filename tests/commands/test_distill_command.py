@@ -67,7 +67,7 @@ def test_a_swin_teacher_makes_a_swin_v2_student(tmp_path: Path) -> None:
     values = TINY | {
         "teacher": "timm:swin_tiny_patch4_window7_224",
         "image_size": 64,
-        "views": {"image_size": 64, "upscale": True},
+        "views": {"image_size": 64},
         "train": {"batch_size": 2, "epochs": 0.002},
     }
     folder = distill(**values, output=tmp_path / "run")
@@ -78,7 +78,7 @@ def test_teacher_and_student_may_have_different_patches_and_sizes(tmp_path: Path
     values = TINY | {
         "teacher": "timm:vit_small_patch14_dinov2",
         "image_size": 42,
-        "views": {"image_size": 64, "upscale": True},
+        "views": {"image_size": 64},
     }
     student = {"depth": 2, "width": 96, "num_heads": 3, "patch_size": 16}
     folder = distill(**values, student=student, output=tmp_path / "run")

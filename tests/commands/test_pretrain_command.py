@@ -160,7 +160,7 @@ def test_a_start_from_another_network_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_small_images_are_enlarged_if_asked_for(tmp_path: Path) -> None:
-    pretrained(tmp_path / "run", "--views.image-size", "40", "--views.upscale")
+    pretrained(tmp_path / "run", "--views.image-size", "40", "--upscale")
 
 
 def test_a_run_that_collapses_stops_in_words_and_keeps_its_last_good_checkpoint(
