@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fdkit.config import Config
 from fdkit.data.views import MultiCrop
 from fdkit.errors import ConfigError
+from fdkit.methods._network import NetworkConfig, build_network
+from fdkit.methods._resnet import with_full_residuals
 from fdkit.models.backbone import Backbone
 from fdkit.models.collectives import sum_over_ranks, world_size
 from fdkit.models.heads import DINOHead
@@ -95,6 +97,21 @@ def teacher_temperature(config: SelfDistillationConfig, epoch: int) -> float:
     if epoch >= num_epochs:
         return end
     return start + (end - start) * epoch / max(1, num_epochs - 1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its value changes with the epoch
+def temperature_for(centre: "Centre", config: SelfDistillationConfig, epoch: float) -> Tensor:
+    """`teacher_temperature` as a scalar of the centre's kind, so that a compiled graph serves every epoch."""
+    value = teacher_temperature(config, int(epoch))
+    return torch.full((), value, dtype=centre.value.dtype, device=centre.value.device)
+
+
+def build_multi_size(network: NetworkConfig, views: MultiCrop, *, seed: int) -> Backbone:
+    """The configured network, which takes all views as they are; a ResNet starts as torchvision's does."""
+    sizes = tuple(sorted(set(views.sizes) - {views.image_size}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_network(with_full_residuals(network), image_size=views.image_size, sizes=sizes)
 
 
 def keep_prototypes(heads: Iterable[DINOHead]) -> None:

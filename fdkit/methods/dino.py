@@ -15,21 +15,21 @@ from torch import Tensor
 from fdkit.data.views import MultiCrop, MultiCropConfig
 from fdkit.methods._batch_norm import check_batch_norm
 from fdkit.methods._method import Duration, Method
-from fdkit.methods._network import NetworkConfig, build_network
-from fdkit.methods._resnet import with_full_residuals
+from fdkit.methods._network import NetworkConfig
 from fdkit.methods._self_distillation import (
     NUM_GLOBAL,
     Centre,
     SelfDistillationConfig,
     batches_by_size,
     build_head,
+    build_multi_size,
     centred_targets,
     cross_entropy_of_pairs,
     keep_prototypes,
     refuse_resizing,
     target_statistics,
     teacher_of,
-    teacher_temperature,
+    temperature_for,
 )
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.momentum import follow, momentum_at
@@ -126,17 +126,12 @@ class DINO(Method):
         """(V * B, C): features of the views, one pass a size."""
         return torch.cat([network.pooled(batch, self.pooling) for batch in batches_by_size(views)])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its value changes with the epoch
     def _teacher_temperature(self, progress: float) -> Tensor:
-        value = teacher_temperature(self.config, int(self.epoch(progress)))
-        return torch.full((), value, dtype=self.centre.value.dtype, device=self.centre.value.device)
+        return temperature_for(self.centre, self.config, self.epoch(progress))
 
 
 def build(config: DINOConfig, views: MultiCropConfig, network: NetworkConfig, *, seed: int) -> DINO:
     """DINO on its crops; a ResNet starts as torchvision's does."""
     crops = MultiCrop(views)
-    local_sizes = tuple(sorted(set(crops.sizes) - {crops.image_size}))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = build_network(with_full_residuals(network), image_size=crops.image_size, sizes=local_sizes)
+    student = build_multi_size(network, crops, seed=seed)
     return DINO(student, crops, config, pooling=network.pooling, seed=seed)

@@ -19,8 +19,7 @@ from fdkit.data.views import MultiCrop, MultiCropConfig
 from fdkit.errors import ConfigError
 from fdkit.methods._batch_norm import check_batch_norm
 from fdkit.methods._method import Duration, Method
-from fdkit.methods._network import NetworkConfig, build_network
-from fdkit.methods._resnet import with_full_residuals
+from fdkit.methods._network import NetworkConfig
 from fdkit.methods._self_distillation import (
     NUM_GLOBAL,
     Centre,
@@ -28,6 +27,7 @@ from fdkit.methods._self_distillation import (
     Targets,
     batches_by_size,
     build_head,
+    build_multi_size,
     centred_targets,
     cross_entropy_of_pairs,
     keep_prototypes,
@@ -35,7 +35,7 @@ from fdkit.methods._self_distillation import (
     summed_cross_entropy,
     target_statistics,
     teacher_of,
-    teacher_temperature,
+    temperature_for,
 )
 from fdkit.models.backbone import Backbone, Pooling, pool
 from fdkit.models.heads import DINOHead
@@ -229,19 +229,14 @@ class EsViT(Method):
     def _compares_regions(self, progress: float) -> bool:
         return self.epoch(progress) >= self.config.view_only_epochs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its value changes with the epoch
     def _teacher_temperature(self, progress: float) -> Tensor:
-        value = teacher_temperature(self.config, int(self.epoch(progress)))
-        return torch.full((), value, dtype=self.centre.value.dtype, device=self.centre.value.device)
+        return temperature_for(self.centre, self.config, self.epoch(progress))
 
 
 def build(config: EsViTConfig, views: MultiCropConfig, network: NetworkConfig, *, seed: int) -> EsViT:
     """EsViT on DINO's crops; a ResNet starts as torchvision's does."""
     crops = MultiCrop(views)
-    others = tuple(sorted(set(crops.sizes) - {crops.image_size}))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = build_network(with_full_residuals(network), image_size=crops.image_size, sizes=others)
+    student = build_multi_size(network, crops, seed=seed)
     return EsViT(student, crops, config, pooling=network.pooling, seed=seed)
 
 

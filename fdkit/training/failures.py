@@ -1,13 +1,17 @@
-"""What ends a run from outside the method, said with a remedy."""
+"""What ends a run before its last step, said with a remedy."""
 
 import errno
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from fdkit.errors import ConfigError, ResourceError
+from fdkit.data.sources import ImageSource
+from fdkit.errors import ConfigError, NumericsError, ResourceError
 from fdkit.training.plan import Plan, TrainConfig
+from fdkit.training.run import Run
 
 
 @contextmanager
@@ -38,3 +42,21 @@ def explained_failures(train: TrainConfig, plan: Plan, device: torch.device) -> 
         raise ConfigError(
             f"train.compile: torch.compile failed: {first}", "train without it: --train.no-compile"
         ) from error
+
+
+def not_finite(
+    step: int, indices: list[list[int]], facts: dict[str, Any], *, plan: Plan, source: ImageSource, run: Run
+) -> NumericsError:
+    """The error of a step that was not finite, after errors/not-finite.json was written with its batch and `facts`.
+
+    indices: of the images of the step, by rank.
+    """
+    batch = {f"rank {rank}": [source.describe(index) for index in rows] for rank, rows in enumerate(indices)}
+    facts = {"step": step, "lr": plan.schedule(step), **facts, "batch": batch, "indices": indices}
+    path = run.save_error("not-finite.json", json.dumps(facts, indent=2) + "\n")
+    return NumericsError(
+        f"loss or gradient is not finite at step {step} of {plan.num_steps} "
+        f"(lr {plan.schedule(step):.2g}, {plan.precision}); the update was not made",
+        f"the batch is listed in {path}; a lower --optim.lr, a longer --optim.warmup-epochs or "
+        "--train.precision fp32 may help; --resume continues from the last checkpoint",
+    )

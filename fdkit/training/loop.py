@@ -6,7 +6,6 @@ killed and resumed ends in the same bits, given deterministic kernels (as on a C
 number of threads.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from fdkit.training.checkpoint import (
 )
 from fdkit.training.distributed import World, broadcast, current_world, gather, process_group, wait_for_all
 from fdkit.training.export import export_student
-from fdkit.training.failures import explained_failures
+from fdkit.training.failures import explained_failures, not_finite
 from fdkit.training.generators import (
     get_generators,
     seed_generators,
@@ -444,23 +443,9 @@ class Trainer:
     def not_finite(self, verdict: Verdict, metrics: dict[str, Tensor]) -> NumericsError:
         """What to raise for a bad step, after writing what is needed to look into it; all processes call this."""
         indices = gather(verdict.indices.tolist(), self.world)
-        facts = {
-            "step": verdict.step,
-            "seed": self.seed,
-            "lr": self.plan.schedule(verdict.step),
-            "last_metrics_of_rank_0": {name: value.item() for name, value in metrics.items()},
-            "batch": {
-                f"rank {rank}": [self.source.describe(i) for i in rows] for rank, rows in enumerate(indices)
-            },
-            "indices": indices,
-        }
-        path = self.run.save_error("not-finite.json", json.dumps(facts, indent=2) + "\n")
-        return NumericsError(
-            f"loss or gradient is not finite at step {verdict.step} of {self.plan.num_steps} "
-            f"(lr {self.plan.schedule(verdict.step):.2g}, {self.plan.precision}); the update was not made",
-            f"the batch is listed in {path}; a lower --optim.lr, a longer --optim.warmup-epochs or "
-            "--train.precision fp32 may help; --resume continues from the last checkpoint",
-        )
+        last = {name: value.item() for name, value in metrics.items()}
+        facts = {"seed": self.seed, "last_metrics_of_rank_0": last}
+        return not_finite(verdict.step, indices, facts, plan=self.plan, source=self.source, run=self.run)
 
 
 def warn(sentences: list[str]) -> None:

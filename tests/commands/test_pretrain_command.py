@@ -160,7 +160,8 @@ def test_a_start_from_another_network_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_small_images_are_enlarged_if_asked_for(tmp_path: Path) -> None:
-    pretrained(tmp_path / "run", "--views.image-size", "40", "--upscale")
+    folder = pretrained(tmp_path / "run", "--views.image-size", "40", "--upscale")
+    assert load_teacher(str(folder)).image_size == 40
 
 
 def test_a_run_that_collapses_stops_in_words_and_keeps_its_last_good_checkpoint(
@@ -201,4 +202,8 @@ def test_a_run_that_collapses_stops_in_words_and_keeps_its_last_good_checkpoint(
 def test_the_student_saved_by_hand_is_an_init_too(tmp_path: Path) -> None:
     folder = pretrained(tmp_path / "run")
     save_backbone(load_teacher(str(folder)).backbone, tmp_path / "copy")
-    pretrained(tmp_path / "again", "--init", str(tmp_path / "copy"))
+    nothing = ["--optim.lr", "1e-12", "--optim.weight-decay", "0"]
+    again = pretrained(tmp_path / "again", "--init", str(tmp_path / "copy"), *nothing, seed=5)
+    states = [safetensors.torch.load_file(one / "student.safetensors") for one in (folder, again)]
+    name = "blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=1e-6)
