@@ -8,14 +8,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fdkit.errors import ConfigError, DataError, NumericsError
 
-# Rows drawn at a time, over all resamples drawn together: 4 million indices and as many values take 64 MB.
-DRAWN_AT_ONCE = 1 << 22
+# Images drawn at a time, over as many resamples as fit: their indices and values take 12 MB.
+DRAWN_AT_ONCE = 1 << 20
 
 
 class PairedDifference(NamedTuple):
@@ -88,17 +89,20 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[floa
 
 def _resampled_means(values: Tensor, num_resamples: int, seed: int) -> Tensor:
     """Means of `num_resamples` draws of N from values (N,) with replacement; they depend on N, values and seed."""
-    return torch.cat([values[rows].mean(dim=1) for rows in _draws(len(values), num_resamples, seed)])
+    sample = values.numpy()
+    means = [sample.take(rows).mean(axis=1) for rows in _draws(len(sample), num_resamples, seed)]
+    return torch.from_numpy(np.concatenate(means))
 
 
-def _draws(count: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
-    """Rows in [0, count), (some, count) at a time; `num_resamples` rows in all."""
+def _draws(count: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Rows in [0, count), (some, count) int32 at a time; `num_resamples` times count in all, in any blocks the same."""
     if num_resamples < 1:
         raise ConfigError(f"{num_resamples} resamples are too few for an interval", "ask for 1000 or more")
-    random = torch.Generator().manual_seed(seed)
+    random = np.random.default_rng(seed)  # about ten times as fast as torch's generator
     together = max(1, DRAWN_AT_ONCE // count)
     for start in range(0, num_resamples, together):
-        yield torch.randint(count, (min(together, num_resamples - start), count), generator=random)
+        size = (min(together, num_resamples - start), count)
+        yield random.integers(count, size=size, dtype=np.int32)
 
 
 def _percentiles(means: Tensor, level: float) -> tuple[float, float]:
