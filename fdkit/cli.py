@@ -105,7 +105,8 @@ def _dispatch(arguments: list[str]) -> int:
     config = _parse(kind, rest[1:] if choice else rest, name, choice)
     outcome = module.run(config)
     if getattr(config, "json_output", False):
-        print(json.dumps(outcome.numbers, indent=2))
+        if os.environ.get("RANK", "0") == "0":  # of several processes under torchrun, one speaks
+            print(json.dumps(outcome.numbers, indent=2))
     else:
         outcome.show()
     return int(outcome.exit_code)

@@ -19,7 +19,8 @@ from fdkit.data.subset import Subset
 from fdkit.data.views import Pixels, Sample, Views
 from fdkit.errors import ConfigError, DataError, NumericsError
 from fdkit.evaluation import knn
-from fdkit.evaluation.features import extract_features, resolve_pooling
+from fdkit.evaluation._reading import reader, resolve_reading
+from fdkit.evaluation.features import extract_features
 from fdkit.methods._method import Method
 from fdkit.models.representation import alignment, channel_std, effective_rank, uniformity
 
@@ -124,9 +125,9 @@ class Collapse:
     def _features(self, method: Method) -> tuple[Tensor, Tensor]:
         """(N, C) features of the first and of the second view, on the CPU."""
         backbone = method.exported.eval()
-        pooling = resolve_pooling(backbone, "auto")
+        read = reader(backbone, resolve_reading(backbone, "auto"))
         found = [
-            [backbone.pooled(view, pooling).float().cpu() for view in views]
+            [read(view)[0].float().cpu() for view in views]
             for views in self._views(method, next(backbone.parameters()).device)
         ]
         if sum(len(first) for first, _ in found) < 2:

@@ -29,7 +29,8 @@ SPLIT_FOLDERS = ("train", *TEST_FOLDERS)
 class ImageSource(Protocol):
     """A fixed, ordered set of images, labelled or not.
 
-    A source may also have `read_pixels(index)`, a quicker way to the pixels of `read` as uint8 (H, W, 3).
+    A source may also have `read_pixels(index)`, a quicker way to the pixels of `read` as uint8 (H, W, 3), and
+    `content_stamp`, a text that changes with its images even where `fingerprint` does not.
     """
 
     name: str
@@ -114,15 +115,27 @@ class FolderSource:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of every relative path and file size; a file that is gone counts as -1 bytes."""
-        digest = hashlib.sha256()
+        return self._stamps[0]
+
+    @cached_property
+    def content_stamp(self) -> str:
+        """SHA-256 of the fingerprint and the time of every file's last change."""
+        return self._stamps[1]
+
+    @cached_property
+    def _stamps(self) -> tuple[str, str]:
+        sizes, times = hashlib.sha256(), hashlib.sha256()
         for index in range(len(self)):
             name = self._names[index]
             try:
-                size = (self.root / name).stat().st_size
+                status = (self.root / name).stat()
+                size, changed = status.st_size, status.st_mtime_ns
             except OSError:
-                size = -1
-            digest.update(os.fsencode(name.replace(os.sep, "/")) + b"\0%d\n" % size)
-        return digest.hexdigest()
+                size, changed = -1, -1
+            sizes.update(os.fsencode(name.replace(os.sep, "/")) + b"\0%d\n" % size)
+            times.update(b"%d\n" % changed)
+        times.update(sizes.digest())
+        return sizes.hexdigest(), times.hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fdkit.data.sources import ImageSource
+from fdkit.data.views import Pixels
 
 
 class Subset:
@@ -32,6 +33,12 @@ class Subset:
     def read(self, index: int) -> Image.Image:
         """The image; raises BadImage if it cannot be read."""
         return self.source.read(int(self.indices[index]))
+
+    def read_pixels(self, index: int) -> Pixels:
+        """The image by the source's quickest way; raises BadImage if it cannot be read."""
+        read = getattr(self.source, "read_pixels", self.source.read)
+        pixels: Pixels = read(int(self.indices[index]))
+        return pixels
 
     def describe(self, index: int) -> str:
         """What messages call the image."""

@@ -3,6 +3,8 @@
 Everything the evaluators do afterwards is arithmetic on these vectors.
 """
 
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,35 +16,53 @@ from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.sources import ImageSource
 from fdkit.data.views import CenterCrop, Interpolation
 from fdkit.errors import ConfigError, DataError, NumericsError
-from fdkit.models.backbone import Backbone, Preprocessing, pool
+from fdkit.evaluation._reading import Part, Reading, parts_of, reader, resolve_reading
+from fdkit.models.backbone import Backbone, Preprocessing
 from fdkit.teachers.teacher import Teacher
 
-Pooling = Literal["auto", "cls", "patches"]
+log = logging.getLogger("fdkit")
+
 Precision = Literal["fp32", "bf16"]
+SECONDS_BETWEEN_REPORTS = 30
+CHECKED_AT_ONCE = 65536
+OF_ONE_MODEL = ("model", "weights", "sha256", "pooling", "layers", "image_size")
+"""What the record of two sets of features must agree in, where both say it, to be compared."""
 
 
 class Features(NamedTuple):
     """One vector an image, in the order of the source."""
 
     values: Tensor
-    """(N, D) float32."""
+    """(N, D) float32; its memory may be a file."""
     labels: Tensor
     """(N,) int64, positions in classes."""
     classes: tuple[str, ...]
     """Class names."""
     info: dict[str, Any]
     """Where they come from, as plain JSON: model, pooling, crop, source, fingerprint, skipped images."""
+    parts: tuple[Part, ...] = ()
+    """Which columns are of which token and layer; empty where nobody asked a network."""
 
     def to(self, device: torch.device | str) -> "Features":
         """The same features on another device, where the evaluators then run."""
         return self._replace(values=self.values.to(device), labels=self.labels.to(device))
 
 
+class Rows(NamedTuple):
+    """Some images' features, as they are made."""
+
+    indices: Tensor
+    """(B,) int64: positions in the source."""
+    values: Tensor
+    """(B, D) float32, on the CPU."""
+
+
 def extract_features(
     model: Teacher | Backbone,
     source: ImageSource,
     *,
-    pooling: Pooling = "auto",
+    pooling: str = "auto",
+    layers: int = 1,
     batch_size: int = 64,
     loader: LoaderConfig | None = None,
     device: torch.device | str = "cpu",
@@ -50,33 +70,34 @@ def extract_features(
 ) -> Features:
     """Features of every readable image of a labelled source, from the model's own evaluation crop; on the CPU.
 
-    pooling: "cls", the class token; "patches", the mean of the patch tokens; "auto", the class token where the
-    model has one. precision: "bf16" runs the network under autocast. A Backbone that is being trained works in
-    eval mode meanwhile. Raises DataError if the source has no labels, ConfigError if "cls" is asked of a model
-    without a class token.
+    pooling: "cls", the class token; "patches", the mean of the patch tokens; "registers", that of the registers;
+    several with + between; "auto", the class token where the model has one. layers: how many of the last ones to read.
+    precision: "bf16" runs the network under autocast. A Backbone that is being trained works in eval mode meanwhile.
+    Raises DataError if the source has no labels, ConfigError for a token or layer that the model does not have.
     """
     device = torch.device(device)
     backbone = model if isinstance(model, Backbone) else model.backbone
-    chosen = resolve_pooling(backbone, pooling)
-    want = backbone.preprocessing
-    views = evaluation_crop(want)
+    reading = resolve_reading(backbone, pooling, layers)
+    views = evaluation_crop(backbone.preprocessing)
     model.to(device)
+    encode = encoder(backbone, reading, device, precision)
+    with evaluating(backbone):
+        features = encode_source(encode, source, views, batch_size=batch_size, loader=loader, device=device)
+        parts = parts_of(backbone, reading, device)
+    return features._replace(info=identity(model, reading, precision) | features.info, parts=parts)
+
+
+def encoder(
+    backbone: Backbone, reading: Reading, device: torch.device, precision: Precision
+) -> Callable[[Tensor], Tensor]:
+    """What maps images (B, 3, H, W) in [0, 1] on the device to features (B, D), the parts side by side."""
+    read = reader(backbone, reading)
 
     def encode(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            tokens = model(images) if isinstance(model, Backbone) else model.encode(images)
-        return pool(tokens, chosen)
+            return torch.cat(read(images), dim=1)
 
-    with _evaluating(backbone):
-        features = encode_source(encode, source, views, batch_size=batch_size, loader=loader, device=device)
-    info = _identity(model) | {
-        "pooling": chosen,
-        "image_size": want.image_size,
-        "crop_ratio": want.crop_ratio,
-        "interpolation": want.interpolation,
-        "precision": precision,
-    }
-    return features._replace(info=info | features.info)
+    return encode
 
 
 def raw_pixels(
@@ -112,30 +133,78 @@ def encode_source(
     encode: maps images (B, 3, H, W) in [0, 1] on the device to (B, D); called without gradient.
     Raises DataError without labels or readable images, NumericsError if a feature is not finite.
     """
+    all_labels = labels_of(source)
+    values, kept, count = torch.empty(0), list[Tensor](), 0
+    for rows in encoded_rows(encode, source, views, batch_size=batch_size, loader=loader, device=device):
+        if count == 0:
+            values = torch.empty(len(source), rows.values.shape[1])
+        values[count : count + len(rows.values)] = rows.values
+        kept.append(rows.indices)
+        count += len(rows.indices)
+    if not kept:
+        raise no_image(source)
+    indices = torch.cat(kept)
+    return Features(values[:count], all_labels[indices], class_names(source), record_of(source, indices))
+
+
+def encoded_rows(
+    encode: Callable[[Tensor], Tensor],
+    source: ImageSource,
+    views: CenterCrop,
+    *,
+    batch_size: int,
+    loader: LoaderConfig | None,
+    device: torch.device | str,
+) -> Iterator[Rows]:
+    """What `encode` makes of every readable image, batch by batch in the order of the source.
+
+    A batch is read back while the device works on the next one. Raises NumericsError if a feature is not finite.
+    """
+    waiting: tuple[Tensor, Tensor] | None = None
+    report = _Report(len(source))
+    for batch in evaluation_batches(source, views, loader or LoaderConfig(), batch_size=batch_size):
+        crops = [crop.to(device, non_blocking=True) for crop in batch.crops]
+        colour = [drawn.to(device, non_blocking=True) for drawn in batch.colour]
+        with torch.no_grad():
+            found = encode(views.finish(crops, colour)[0]).float()
+        if waiting is not None:
+            yield _read_back(source, *waiting)
+        waiting = batch.indices, found
+        report.count(len(batch.indices))
+    if waiting is not None:
+        yield _read_back(source, *waiting)
+
+
+def labels_of(source: ImageSource) -> Tensor:
+    """(N,) int64. Raises DataError if the source has no labels."""
     if source.labels is None:
         raise DataError(
             f"{source.name} has no labels, and accuracy needs them",
             "put the images of each class in a folder of its own: DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg",
         )
-    values, labels, kept, count = torch.empty(0), torch.empty(len(source), dtype=torch.int64), set[int](), 0
-    for batch in evaluation_batches(source, views, loader or LoaderConfig(), batch_size=batch_size):
-        crops = [crop.to(device, non_blocking=True) for crop in batch.crops]
-        colour = [drawn.to(device, non_blocking=True) for drawn in batch.colour]
-        with torch.no_grad():
-            found = encode(views.finish(crops, colour)[0]).float().cpu()
-        _check_finite(found, source, batch.indices)
-        if count == 0:
-            values = torch.empty(len(source), found.shape[1])
-        rows = slice(count, count + len(found))
-        values[rows], labels[rows] = found, batch.labels
-        kept.update(batch.indices.tolist())
-        count += len(found)
-    if count == 0:
-        raise DataError(f"no image of {source.name} could be read")
-    skipped = [source.describe(index) for index in range(len(source)) if index not in kept]
-    info = {"source": source.name, "fingerprint": source.fingerprint, "num_images": count, "skipped": skipped}
-    classes = tuple(source.classes) or tuple(str(label) for label in range(int(labels[:count].max()) + 1))
-    return Features(values[:count], labels[:count], classes, info)
+    return torch.as_tensor(source.labels, dtype=torch.int64)
+
+
+def class_names(source: ImageSource) -> tuple[str, ...]:
+    """Names of the classes of a labelled source; numbers where it has none."""
+    return tuple(source.classes) or tuple(str(label) for label in range(int(labels_of(source).max()) + 1))
+
+
+def record_of(source: ImageSource, kept: Tensor) -> dict[str, Any]:
+    """What a result says of its images; kept: positions of those that could be read."""
+    readable = set(kept.tolist()) if len(kept) < len(source) else range(len(source))
+    skipped = [source.describe(index) for index in range(len(source)) if index not in readable]
+    return {
+        "source": source.name,
+        "fingerprint": source.fingerprint,
+        "num_images": len(kept),
+        "skipped": skipped,
+    }
+
+
+def no_image(source: ImageSource) -> DataError:
+    """What to raise where no image of a source could be read."""
+    return DataError(f"no image of {source.name} could be read")
 
 
 def evaluation_crop(want: Preprocessing) -> CenterCrop:
@@ -146,24 +215,12 @@ def evaluation_crop(want: Preprocessing) -> CenterCrop:
     return CenterCrop(want.image_size, crop_ratio=want.crop_ratio, interpolation=want.interpolation)
 
 
-def resolve_pooling(backbone: Backbone, pooling: Pooling) -> Literal["cls", "patches"]:
-    """The pooling asked for, with "auto" decided.
-
-    Raises ConfigError for "cls" of a model without a class token.
-    """
-    if pooling == "auto":
-        return "cls" if backbone.num_prefix_tokens > 0 else "patches"
-    if pooling == "cls" and backbone.num_prefix_tokens == 0:
-        raise ConfigError("pooling is cls, but the model has no class token", "use --pooling patches")
-    return pooling
-
-
 def paired(train: Features, test: Features) -> tuple[Features, Features]:
     """Both features with the labels of test counted in the classes of train, which are matched by name.
 
     A test folder without images of some class numbers the others differently; this puts that right.
-    Raises DataError if either holds no image or test has a class that train lacks, ConfigError if widths
-    differ.
+    Raises DataError if either holds no image or test has a class that train lacks, ConfigError if they are features of
+    two models or readings, NumericsError if a value is not finite.
     """
     if len(train.values) == 0 or len(test.values) == 0:
         raise DataError(
@@ -174,6 +231,14 @@ def paired(train: Features, test: Features) -> tuple[Features, Features]:
         raise ConfigError(
             f"training and test features have widths {widths}", "extract both with one model and pooling"
         )
+    for key in OF_ONE_MODEL:
+        if key in train.info and key in test.info and train.info[key] != test.info[key]:
+            raise ConfigError(
+                f"training features have {key} {train.info[key]}, test features {test.info[key]}: two models are mixed",
+                "extract both with one model and pooling",
+            )
+    refuse_not_finite(train, "training")
+    refuse_not_finite(test, "test")
     device = train.values.device
     train, test = train.to(device), test.to(device)
     if train.classes == test.classes:
@@ -188,29 +253,77 @@ def paired(train: Features, test: Features) -> tuple[Features, Features]:
     return train, test._replace(labels=position[test.labels], classes=train.classes)
 
 
-def _identity(model: Teacher | Backbone) -> dict[str, Any]:
+def refuse_not_finite(features: Features, name: str) -> None:
+    """Raises NumericsError naming how many of the `name` features hold a value that is not finite, and the first."""
+    checks = [block.isfinite().all(dim=1) for block in features.values.split(CHECKED_AT_ONCE)]
+    bad = (~torch.cat(checks)).nonzero()[:, 0] if checks else torch.empty(0)
+    if len(bad):
+        raise NumericsError(
+            f"{len(bad)} of {len(features.values)} {name} features are not finite, the first in row {int(bad[0])}",
+            "the weights may be damaged, or the precision too small: extract them again with fp32",
+        )
+
+
+def identity(model: Teacher | Backbone, reading: Reading, precision: Precision) -> dict[str, Any]:
+    """What a result says of the model and how it was read."""
     if isinstance(model, Backbone):
-        return {"model": model.recipe.get("architecture", "student")}
-    return {
-        "model": model.name,
-        "model_source": model.source,
-        "license": model.license,
-        "sha256": model.sha256,
+        backbone, known = model, {"model": model.recipe.get("architecture", "student")}
+    else:
+        backbone = model.backbone
+        known = {
+            "model": model.name,
+            "model_source": model.source,
+            "license": model.license,
+            "sha256": model.sha256,
+        }
+    want = backbone.preprocessing
+    return known | {
+        "pooling": reading.pooling,
+        "layers": reading.num_layers,
+        "image_size": want.image_size,
+        "crop_ratio": want.crop_ratio,
+        "interpolation": want.interpolation,
+        "precision": precision,
     }
 
 
-def _check_finite(found: Tensor, source: ImageSource, indices: Tensor) -> None:
-    finite = found.isfinite().all(dim=1)
+def _read_back(source: ImageSource, indices: Tensor, found: Tensor) -> Rows:
+    values = found.cpu()
+    finite = values.isfinite().all(dim=1)
     if not finite.all():
-        first = int(indices[~finite][0])
         raise NumericsError(
-            f"the features of {source.describe(first)} are not finite",
+            f"the features of {source.describe(int(indices[~finite][0]))} are not finite",
             "the weights may be damaged; if --precision is bf16, try fp32",
+        )
+    return Rows(indices, values)
+
+
+class _Report:
+    """Says now and then how far a long extraction is."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.start = self.last = time.monotonic()
+
+    def count(self, number: int) -> None:
+        self.done += number
+        now = time.monotonic()
+        if now - self.last < SECONDS_BETWEEN_REPORTS:
+            return
+        self.last = now
+        rate = self.done / (now - self.start)
+        minutes = (self.total - self.done) / rate / 60
+        log.info(
+            "features of %d of %d images, %.0f a second, %.1f minutes left",
+            self.done,
+            self.total,
+            rate,
+            minutes,
         )
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """The network in eval mode; afterwards each of its parts is back in its own mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

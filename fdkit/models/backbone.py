@@ -190,7 +190,9 @@ class Backbone(nn.Module):
             return [compute(part) for part in images.chunk(self.num_parts)]
         return [checkpoint(compute, part, use_reentrant=False) for part in images.chunk(self.num_parts)]
 
-    def encode_layers(self, images: Tensor, layers: Sequence[int], *, norm: bool) -> tuple[Tokens, ...]:
+    def encode_layers(
+        self, images: Tensor, layers: Sequence[int], *, norm: bool | Sequence[bool]
+    ) -> tuple[Tokens, ...]:
         """Tokens of any layers, for images (B, 3, H, W), RGB in [0, 1]; the rest is as for `layers.layer_tokens`."""
         from fdkit.models.layers import layer_tokens  # which knows Tokens from here
 

@@ -34,10 +34,15 @@ def list_layers(network: nn.Module) -> list[Layer]:
     return _kind_of(network).layers(network)
 
 
-def layer_positions(network: nn.Module, layers: Sequence[int], *, norm: bool) -> list[int]:
+def final_norm_fits_every_layer(network: nn.Module) -> bool:
+    """Whether the final norm fits any layer, as in a transformer of one width, or the last stage alone."""
+    return not _kind_of(getattr(network, "trunk", network)).has_stages
+
+
+def layer_positions(network: nn.Module, layers: Sequence[int], *, norm: bool | Sequence[bool]) -> list[int]:
     """The places of layers, counted from 0, where negative numbers count from the end.
 
-    norm: whether they are to go through the final norm.
+    norm: whether they, or each of them, are to go through the final norm.
     Raises ConfigError if there is no such layer, or no layer, or if the norm does not fit a stage.
     """
     network = getattr(network, "trunk", network)
@@ -45,13 +50,13 @@ def layer_positions(network: nn.Module, layers: Sequence[int], *, norm: bool) ->
     num_layers = len(kind.layers(network))
     if not layers:
         raise ConfigError("no layer is named", "name at least one, such as -1, the last")
-    for layer in layers:
+    for layer, has_norm in zip(layers, _each(norm, layers), strict=True):
         if not -num_layers <= layer < num_layers:
             raise ConfigError(
                 f"layer {layer}: {type(network).__name__} has {num_layers} layers",
                 f"use 0 to {num_layers - 1}, or -{num_layers} to -1 to count from the end",
             )
-        if norm and kind.has_stages and layer % num_layers != num_layers - 1:
+        if has_norm and kind.has_stages and layer % num_layers != num_layers - 1:
             raise ConfigError(
                 f"layer {layer}: the final norm of {type(network).__name__} fits its last stage alone",
                 "take the layer without the norm (norm false)",
@@ -60,12 +65,13 @@ def layer_positions(network: nn.Module, layers: Sequence[int], *, norm: bool) ->
 
 
 def layer_tokens(
-    network: nn.Module, images: Tensor, layers: Sequence[int], *, norm: bool
+    network: nn.Module, images: Tensor, layers: Sequence[int], *, norm: bool | Sequence[bool]
 ) -> tuple[Tokens, ...]:
     """Tokens of the layers asked for, in that order, from one pass that stops behind the deepest of them.
 
     images: normalised, (B, 3, H, W). norm: through the network's own final norm, if it has one, as DINO's linear
-    evaluation reads its last blocks (Caron et al. 2021, arXiv 2104.14294); without it, as the layer leaves them.
+    evaluation reads its last blocks (Caron et al. 2021, arXiv 2104.14294); without it, as the layer leaves them; a
+    sequence says so of each layer.
     Raises ConfigError as `layer_positions` does.
     """
     network = getattr(network, "trunk", network)
@@ -73,8 +79,15 @@ def layer_tokens(
     wanted = layer_positions(network, layers, norm=norm)
     places = sorted(set(wanted))
     found = dict(zip(places, kind.outputs(network, images, places), strict=True))
-    finish = kind.norm(network) if norm else nn.Identity()
-    return tuple(kind.tokens(network, finish(found[place]), images) for place in wanted)
+    final_norm, plain = kind.norm(network), nn.Identity()
+    return tuple(
+        kind.tokens(network, (final_norm if has_norm else plain)(found[place]), images)
+        for place, has_norm in zip(wanted, _each(norm, layers), strict=True)
+    )
+
+
+def _each(norm: bool | Sequence[bool], layers: Sequence[int]) -> Sequence[bool]:
+    return [norm] * len(layers) if isinstance(norm, bool) else norm
 
 
 class _Kind(NamedTuple):
