@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "distill": "fdkit.commands.distill",
     "pretrain": "fdkit.commands.pretrain",
+    "finetune": "fdkit.commands.finetune",
+    "segment": "fdkit.commands.segment",
     "evaluate": "fdkit.commands.evaluate",
     "analyze": "fdkit.commands.analyze",
     "demo": "fdkit.commands.demo",
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from fdkit.commands.distill import distill as distill
     from fdkit.commands.doctor import doctor as doctor
     from fdkit.commands.evaluate import evaluate as evaluate
+    from fdkit.commands.finetune import finetune as finetune
     from fdkit.commands.pretrain import pretrain as pretrain
+    from fdkit.commands.segment import segment as segment
     from fdkit.errors import FdkitError as FdkitError
     from fdkit.teachers.catalog import list_teachers as list_teachers
     from fdkit.teachers.loading import load_teacher as load_teacher
@@ -40,9 +44,11 @@ __all__ = [
     "distill",
     "doctor",
     "evaluate",
+    "finetune",
     "list_teachers",
     "load_teacher",
     "pretrain",
+    "segment",
 ]
 
 

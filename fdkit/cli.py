@@ -39,6 +39,13 @@ COMMANDS = {
         "fdkit pretrain mocov3 --data PATH",
         "methods",
     ),
+    "finetune": CommandEntry(
+        "Train a model to name the classes of labelled images.", "fdkit finetune MODEL --data PATH"
+    ),
+    "segment": CommandEntry(
+        "Measure what a model says about every pixel: a head for classes, by mIoU.",
+        "fdkit segment MODEL --data PATH",
+    ),
     "evaluate": CommandEntry(
         "Measure a model: knn, linear.",
         "fdkit evaluate knn MODEL --data PATH",

@@ -18,7 +18,8 @@ from fdkit.methods._method import Method
 
 NUM_LOOKED_AT = 16
 """Images whose size is looked at before training."""
-WITH_TEACHER = {"feature-distillation"}
+OTHERS = {"feature-distillation", "supervised", "segmentation"}
+"""Methods that need a teacher, labels or masks, and have commands of their own."""
 
 
 class PretrainConfig(TrainingCommand):
@@ -34,8 +35,8 @@ class PretrainConfig(TrainingCommand):
 
 
 def choices() -> list[str]:
-    """The methods that need no teacher."""
-    return [name for name in plugins("methods") if name not in WITH_TEACHER]
+    """The methods that need nothing but images."""
+    return [name for name in plugins("methods") if name not in OTHERS]
 
 
 def config_class(choice: str) -> type[Config]:

@@ -33,6 +33,8 @@ class Method(nn.Module):
     """What the loader makes from one image."""
     compares_images: bool = True
     """Whether the loss of an image hangs on the others of its batch, so that parts of a batch are another loss."""
+    needs_labels: bool = False
+    """Whether `forward` takes the images' labels, (B,) int64, as a third argument."""
     duration: Duration = Duration()
     """Of this run; `begin` sets it."""
 

@@ -190,7 +190,8 @@ class Trainer:
         progress = self.step / self.plan.num_steps
         self.set_rates(progress)
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = self.backward(self.views(batch), progress)
+        labels = batch.labels.to(self.device, non_blocking=True) if self.method.needs_labels else None
+        metrics = self.backward(self.views(batch), progress, labels)
         self.method.before_step(progress)
         metrics |= self.clip()
         bad = ~(metrics["loss"] + metrics["grad_norm"]).isfinite()
@@ -212,7 +213,8 @@ class Trainer:
         """Learning rate and weight decay of every group, for the step to come."""
         schedule, optim = self.plan.schedule, self.optim
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule.peak_lr if group["constant_lr"] else schedule(self.step)
+            rate = schedule.peak_lr if group["constant_lr"] else schedule(self.step)
+            group["lr"] = rate * group["lr_scale"]
             if optim.weight_decay_end is not None and group["is_decayed"]:
                 group["weight_decay"] = half_cosine(optim.weight_decay, optim.weight_decay_end, progress)
 
@@ -222,10 +224,11 @@ class Trainer:
         colour = [drawn.to(self.device, non_blocking=True) for drawn in batch.colour]
         return self.method.views.finish(crops, colour)
 
-    def backward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
+    def backward(self, views: list[Tensor], progress: float, labels: Tensor | None) -> dict[str, Tensor]:
         """Add the gradient of the mean loss over the parts of the batch; means of the method's scalars."""
         num_parts = self.num_parts
         means: dict[str, Tensor] = {}
+        labelled = [()] * num_parts if labels is None else [(part,) for part in labels.chunk(num_parts)]
         for part, micro in enumerate(zip(*(view.chunk(num_parts) for view in views), strict=True)):
             more = part + 1 < num_parts
             alone = (
@@ -235,7 +238,7 @@ class Trainer:
             )
             with alone():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
-                    scalars = self.module(list(micro), progress)
+                    scalars = self.module(list(micro), progress, *labelled[part])
                 (scalars["loss"] / num_parts).backward()
             for name, value in scalars.items():
                 value = value.detach().float() / num_parts

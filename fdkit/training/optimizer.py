@@ -1,6 +1,6 @@
 """Optimisers and which parameters they decay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from fdkit.config import Config
 from fdkit.errors import ConfigError
+from fdkit.models.depth import layer_ids
 
 DecayRule = Literal["none", "1d", "1d+tokens"]
 Shape = Literal["cosine", "steps", "constant"]
@@ -38,6 +39,9 @@ class OptimizerConfig(Config):
     """How often the learning rate changes after the warm-up; once an epoch in SimSiam and MoCo v1 and v2."""
     constant_lr: tuple[str, ...] = ()
     """Parts of the method that keep the peak learning rate, by the beginning of their parameters' names: predictor."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Each layer of the student learns at this times the rate of the layer behind it; what is outside the student, and
+    a classifier, learns at the full rate; null: all do."""
     weight_decay: float = Field(0.05, ge=0)
     """Decay of the parameters that decay_exempt leaves in; decoupled from the gradient in AdamW."""
     weight_decay_end: float | None = Field(None, ge=0)
@@ -127,11 +131,18 @@ def _swin_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def parameter_groups(
-    model: nn.Module, rule: DecayRule, weight_decay: float, *, constant_lr: Sequence[str] = ()
+    model: nn.Module,
+    rule: DecayRule,
+    weight_decay: float,
+    *,
+    constant_lr: Sequence[str] = (),
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups of what the model trains: the decayed, then the exempt; empty groups are left out.
 
     constant_lr: beginnings of names of parameters that form groups of their own, marked "constant_lr".
+    lr_scales: what the learning rate of a parameter, by its name, is multiplied by, where that is not 1; parameters of
+    one scale form groups of their own, which hold it as "lr_scale", smaller ones first.
     Raises ConfigError if no trained parameter begins with one of them.
 
     A ViT's relative position bias table is a matrix and is decayed, also where timm's `no_weight_decay` lists
@@ -149,8 +160,12 @@ def parameter_groups(
         in_swin = any(name.startswith(prefix) for prefix in swin)
         return name.endswith(TOKEN_NAMES) or (in_swin and any(part in name for part in SWIN_POSITION_NAMES))
 
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
-        (keeps, is_exempt): [] for keeps in (False, True) for is_exempt in (False, True)
+    scales = lr_scales or {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {
+        (keeps, is_exempt, scale): []
+        for keeps in (False, True)
+        for is_exempt in (False, True)
+        for scale in sorted({*scales.values(), 1.0})
     }
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for prefix in constant_lr:
@@ -160,17 +175,29 @@ def parameter_groups(
                 f"optim.constant_lr {prefix}: no trained parameter begins so", f"known: {', '.join(parts)}"
             )
     for name, parameter in trained.items():
-        groups[name.startswith(tuple(constant_lr)), exempt(name, parameter)].append(parameter)
+        keeps, scale = name.startswith(tuple(constant_lr)), scales.get(name, 1.0)
+        groups[keeps, exempt(name, parameter), scale].append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": 0.0 if is_exempt else weight_decay,
             "is_decayed": not is_exempt,
             "constant_lr": keeps,
+            "lr_scale": scale,
         }
-        for (keeps, is_exempt), parameters in groups.items()
+        for (keeps, is_exempt, scale), parameters in groups.items()
         if parameters
     ]
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """By the parameters' names in the model, decay ** (last layer - layer) for each of its student's parameters.
+
+    Raises ConfigError for a student whose layers are not known. Source: Clark et al. 2020 (ELECTRA), as in BEiT.
+    """
+    network = model.get_submodule("student.network")
+    ids, last = layer_ids(network)
+    return {f"student.network.{name}": decay ** (last - layer) for name, layer in ids.items()}
 
 
 def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -180,7 +207,13 @@ def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The configured optimiser over what the model trains; the loop sets its learning rate at every step."""
-    groups = parameter_groups(model, config.decay_exempt, config.weight_decay, constant_lr=config.constant_lr)
+    groups = parameter_groups(
+        model,
+        config.decay_exempt,
+        config.weight_decay,
+        constant_lr=config.constant_lr,
+        lr_scales=None if config.layer_decay is None else layer_scales(model, config.layer_decay),
+    )
     assert groups, "a method trains at least one parameter"
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

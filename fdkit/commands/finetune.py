@@ -1,0 +1,254 @@
+"""`fdkit finetune MODEL --data PATH`: a classifier from a pretrained model and labelled images."""
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import tyro
+from pydantic import Field, model_validator
+
+from fdkit.commands._classification import Images, Validation, class_logits, measure, open_images
+from fdkit.commands._command import ModelOptions, default_output, resolve, write_result
+from fdkit.commands._monitor import build_monitor
+from fdkit.commands._outcome import Outcome
+from fdkit.commands._training import TrainingCommand, save_curves
+from fdkit.commands.distill import announce_terms, teacher_facts
+from fdkit.config import Config, to_yaml
+from fdkit.data.loader import steps_per_epoch
+from fdkit.data.supervised_views import SupervisedViews, SupervisedViewsConfig
+from fdkit.errors import ConfigError
+from fdkit.methods._timm_tower import as_timm
+from fdkit.methods.supervised import Supervised, SupervisedConfig
+from fdkit.models.classifier import build_classifier
+from fdkit.models.libraries import load_backbone
+from fdkit.teachers.catalog import CATALOG
+from fdkit.teachers.loading import load_teacher
+from fdkit.teachers.teacher import Teacher
+from fdkit.training.distributed import broadcast, current_world, local_device, process_group
+from fdkit.training.export import export_student
+from fdkit.training.loop import Monitor, TrainConfig, train
+from fdkit.training.optimizer import OptimizerConfig
+from fdkit.training.run import Run
+
+log = logging.getLogger("fdkit")
+
+RESULT = Path("results") / "finetune-test.json"
+BEST = "best"
+
+
+class FinetuneTrainConfig(TrainConfig):
+    """How long and how the loop trains; nothing here depends on the method."""
+
+    epochs: float = Field(50, gt=0)
+    """Passes over the images; parts of a pass are allowed."""
+    batch_size: int = Field(256, gt=0)
+    """Images an update, over all processes."""
+
+
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """The optimiser and its learning-rate schedule (linear warm-up, then half a cosine, an update at a time)."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate for a global batch of lr_reference_batch images."""
+    lr_reference_batch: int | None = Field(256, gt=0)
+    """lr, warmup_lr and min_lr are given for this batch size and scale with the real one; null: used as given."""
+    layer_decay: float | None = Field(0.65, gt=0, le=1)
+    """Each layer learns at this times the rate of the layer behind it, the head at the full rate; null: all do."""
+    clip_grad: float | None = Field(5.0, gt=0)
+    """Largest global gradient norm; longer gradients are scaled down to it; null: off."""
+    warmup_epochs: float = Field(5, ge=0)
+    """Epochs of linear warm-up from warmup_lr to lr."""
+    warmup_lr: float = Field(0, ge=0)
+    """Learning rate of the first update, before scaling by the batch size."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate the cosine ends at, before scaling by the batch size."""
+
+
+class FinetuneConfig(ModelOptions, TrainingCommand):
+    """Fine-tune a model on labelled images; its run folder is a MODEL with a classifier.
+
+    Example: fdkit finetune demo --data demo --train.epochs 2
+    """
+
+    ALIASES: ClassVar[dict[str, str]] = ModelOptions.ALIASES
+
+    model: tyro.conf.Positional[str]
+    """A catalog name, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file, a run folder, or demo."""
+    data: str
+    """Labelled images: a folder with train/ and test/ (or val/) of class folders, digits, demo, torchvision:CIFAR10."""
+    pretrained: bool = True
+    """Whether weights are loaded; `--pretrained false` trains the same network from scratch, as a control."""
+    test_split: str = "test"
+    """What is measured on once, at the end: test (test/, else val/ or validation/), or the name of a folder."""
+    validate_every_epochs: float = Field(1, ge=0)
+    """Epochs between two measurements on images held out for validation; 0: none, and all of train is trained on."""
+    validation_ratio: float = Field(0.1, gt=0, lt=1)
+    """Share of the training images of each class held out for validation, where no folder is named."""
+    validation_split: str | None = None
+    """A split of the data's own to validate on, such as val; null: a part of train."""
+    keep_best: bool = False
+    """Keep the weights of the highest validation accuracy in RUN/best, and test and export them instead of the last."""
+    supervised: SupervisedConfig = SupervisedConfig()
+    views: SupervisedViewsConfig = SupervisedViewsConfig()
+    train: FinetuneTrainConfig = FinetuneTrainConfig()
+    optim: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.keep_best and not self.validate_every_epochs:
+            raise ConfigError(
+                "keep_best needs a validation to choose by, and validate_every_epochs is 0",
+                "use --validate-every-epochs 1, or --keep-best false",
+            )
+        if self.validation_split is not None and not self.validate_every_epochs:
+            raise ConfigError(
+                f"validation_split {self.validation_split} has no effect with validate_every_epochs 0",
+                "use --validate-every-epochs 1, or leave it out",
+            )
+        return self
+
+
+def config_class() -> type[Config]:
+    """The configuration of the command."""
+    return FinetuneConfig
+
+
+def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
+    """Train the classifier, measure it on the test images once, and leave both in the run folder."""
+    folder = config.output or default_output("finetune", config.model)
+    device = local_device(config.device)
+    with (
+        process_group(device),
+        Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
+    ):
+        images = open_images(
+            config.data,
+            split=config.validation_split,
+            ratio=config.validation_ratio,
+            validates=config.validate_every_epochs > 0,
+            test_split=config.test_split,
+            seed=config.seed,
+        )
+        per_epoch = steps_per_epoch(images.train, config.train.batch_size)
+        teacher = load(config)
+        if config.pretrained:
+            announce_terms([teacher])
+            run.update(**teacher_facts([teacher]))
+        method = build_method(config, teacher, images.classes)
+        try:
+            train(
+                method,
+                images.train,
+                run,
+                train=config.train,
+                optim=config.optim,
+                loader=config.loader,
+                seed=config.seed,
+                device=device,
+                monitors=_monitors(config, images, folder, per_epoch),
+                handle_signals=handle_signals,
+            )
+        finally:
+            save_curves(run)
+        if config.keep_best:
+            _take_best(method, folder / BEST)
+            export_student(method, run)
+        numbers = _test(config, method, images, run)
+    return Outcome(numbers, lambda: _show(folder, numbers))
+
+
+def load(config: FinetuneConfig) -> Teacher:
+    """The model to begin with; what stands for its weights is loaded for its network, also from scratch."""
+    needs_weights = config.pretrained or not _is_named(config.model)
+    return load_teacher(config.model, **{**config.loading(), "pretrained": needs_weights}, seed=config.seed)
+
+
+def _is_named(model: str) -> bool:
+    """Whether a model's network can be built from its name alone, without fetching its weights."""
+    return model in CATALOG or model.partition(":")[0] in ("timm", "open_clip")
+
+
+def build_method(config: FinetuneConfig, teacher: Teacher, classes: tuple[str, ...]) -> Supervised:
+    """The method at its first step: the model with a new head."""
+    own = config.supervised
+    student = build_classifier(
+        as_timm(teacher.backbone),
+        classes,
+        pooling=own.pooling,
+        drop_path=own.drop_path,
+        per_block_bias=own.per_block_bias,
+        head_std=own.head_std,
+        head_scale=own.head_scale,
+        keep_weights=config.pretrained,
+        seed=config.seed,
+    )
+    views = SupervisedViews(config.views, image_size=student.image_size, mean=student.preprocessing.mean)
+    return Supervised(student, views, own, num_classes=len(classes))
+
+
+def _monitors(config: FinetuneConfig, images: Images, folder: Path, per_epoch: int) -> list[Monitor]:
+    monitors: list[Monitor] = [
+        *build_monitor(
+            config.monitor,
+            config.data,
+            steps_per_epoch=per_epoch,
+            loader=config.loader,
+            source=images.train,
+        )
+    ]
+    if images.validation is not None:
+        validation = Validation(
+            images.validation,
+            images.classes,
+            every_steps=max(1, round(config.validate_every_epochs * per_epoch)),
+            loader=config.loader,
+            best=folder / BEST if config.keep_best else None,
+        )
+        monitors.append(validation)
+    return monitors
+
+
+def _take_best(method: Supervised, folder: Path) -> None:
+    """Put the best weights in place of the last in what is exported; on every process, which all see the folder."""
+    method.exported.network.load_state_dict(load_backbone(folder).network.state_dict())
+
+
+def _test(config: FinetuneConfig, method: Supervised, images: Images, run: Run) -> dict[str, Any]:
+    """Measure what was exported on the test images, on one process, and write it into the run folder."""
+    world = current_world()
+    numbers: dict[str, Any] = {}
+    if world.is_main:
+        logits = class_logits(method.exported, images.test, config.loader)
+        numbers = {
+            "evaluator": "finetune",
+            "run": str(run.folder),
+            "model": config.model,
+            "pretrained": config.pretrained,
+            **measure(logits.values, logits.labels, images.classes),
+            "classes": list(images.classes),
+            "num_train": len(images.train),
+            "num_validation": 0 if images.validation is None else len(images.validation),
+            "test": logits.info,
+            "settings": config.model_dump(mode="json"),
+        }
+        write_result(run.folder / RESULT, numbers)
+    return broadcast(numbers, world)
+
+
+def _show(folder: Path, numbers: dict[str, Any]) -> None:
+    top5 = f", top-5 {100 * numbers['top5']:.2f} %" if "top5" in numbers else ""
+    print(
+        f"{folder}: done; test accuracy {100 * numbers['top1']:.2f} %{top5} of {numbers['num_images']} images, "
+        f"calibration error {numbers['calibration_error']:.3f}"
+    )
+    print(f"saved {folder / RESULT}")
+    print(f"next: fdkit evaluate knn {folder} --data LABELLED_IMAGES")
+
+
+def finetune(model: str | Path, data: str | Path, **fields: Any) -> dict[str, Any]:
+    """The test accuracy of a fine-tuned model and where its run folder is; fields are those of its configuration.
+
+    Example: fdkit.finetune("runs/a", "photos/", output="runs/b", train={"epochs": 10})["top1"]
+    """
+    values = {"model": str(model), "data": str(data), **fields}
+    return run(resolve(FinetuneConfig, values, "finetune", ""), handle_signals=False).numbers
