@@ -20,6 +20,7 @@ from fdkit.evaluation._metrics import (
     per_class_accuracy,
     rank_of_label,
 )
+from fdkit.evaluation._statistics import bootstrap_interval
 from fdkit.evaluation.features import Features, encode_source, evaluating, evaluation_crop
 from fdkit.evaluation.linear import validation_split
 from fdkit.methods._method import Method
@@ -121,12 +122,14 @@ def class_logits(
 def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     """What a classifier's logits (N, K) are worth, of labels (N,).
 
-    "top1", "top5" (of 5 classes or more), "per_class" (class name -> fraction, None without images), "loss" (mean
-    negative log-likelihood, nats), "calibration_error" (15 bins) and "num_images".
+    "top1", "top1_interval" (95 %, bootstrap over images), "top5" (of 5 classes or more), "per_class" (class name ->
+    fraction, None without images), "loss" (mean negative log-likelihood, nats), "calibration_error" (15 bins) and
+    "num_images".
     """
     ranks = rank_of_label(logits, labels)
     return {
         **accuracies(ranks, len(classes)),
+        "top1_interval": list(bootstrap_interval(ranks == 0)),
         "per_class": dict(zip(classes, per_class_accuracy(ranks == 0, labels, len(classes)), strict=True)),
         "loss": negative_log_likelihood(logits, labels),
         "calibration_error": expected_calibration_error(logits.double().softmax(dim=1), labels),

@@ -33,6 +33,8 @@ from fdkit.training.run import Run
 log = logging.getLogger("fdkit")
 
 RESULT = Path("results") / "finetune-test.json"
+PREDICTIONS = Path("results") / "finetune-test-predictions.json"
+"""The label and the prediction of every test image, to compare two runs image by image."""
 BEST = "best"
 
 
@@ -232,6 +234,9 @@ def _test(config: FinetuneConfig, method: Supervised, images: Images, run: Run) 
             "settings": config.model_dump(mode="json"),
         }
         write_result(run.folder / RESULT, numbers)
+        predicted = logits.values.argmax(dim=1)
+        both = {"labels": logits.labels.tolist(), "predicted": predicted.tolist()}
+        write_result(run.folder / PREDICTIONS, both)
     return broadcast(numbers, world)
 
 
