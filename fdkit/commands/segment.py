@@ -33,7 +33,7 @@ from fdkit.evaluation._segmentation import confusion_matrix, measure, predict_im
 from fdkit.methods._method import Method
 from fdkit.methods.segmentation import Segmentation, SegmentationConfig
 from fdkit.report.segmentation_figure import SegmentedImage, segmentation_figure
-from fdkit.teachers.teacher import Teacher
+from fdkit.teachers.teacher import Teacher, short_names
 from fdkit.training.distributed import current_world, local_device, process_group, wait_for_all
 from fdkit.training.loop import Monitor, TrainConfig, train
 from fdkit.training.optimizer import OptimizerConfig
@@ -313,8 +313,9 @@ def _show(config: SegmentConfig, numbers: dict[str, Any]) -> None:
     """MIoU and the classes as a small table on standard output."""
     if "miou" not in numbers:
         return
-    head = f"{config.segmentation.head} head on {'frozen' if config.segmentation.freeze else 'trained'} {config.model}"
-    table = Table(title=f"{head}, {config.split} of {config.data}", title_justify="left")
+    backbone = f"{'frozen' if config.segmentation.freeze else 'trained'} {short_names([config.model])[0]}"
+    title = f"{config.segmentation.head} head on {backbone}, {config.split} of {Path(config.data).name}"
+    table = Table(title=title, title_justify="left")
     table.add_column("class")
     for name in ("IoU", "accuracy", "pixels"):
         table.add_column(name, justify="right")

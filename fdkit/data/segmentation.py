@@ -353,7 +353,7 @@ def _number_classes(table: np.ndarray, surveys: Sequence[_Survey], name: str) ->
             f"{printable(name)}: every pixel that counts is of class {classes[0]}, so there is nothing to tell apart",
             "255 is ignored unless --ignore-label says otherwise; masks hold the numbers of classes, 0, 1, ...",
         )
-    return [str(number) for number in range(int(classes.max(initial=-1)) + 1)]
+    return [str(number) for number in range(max(classes.tolist(), default=-1) + 1)]
 
 
 def _check_values(files: _Files, survey: _Survey, table: np.ndarray, classes: Sequence[str]) -> None:

@@ -139,34 +139,41 @@ def window_starts(length: int, size: int, stride: int) -> list[int]:
     return [min(number * stride, max(0, length - size)) for number in range(num_more + 1)]
 
 
+def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
+    """Top and left of the windows over an image, row by row; raises ConfigError as `window_starts` does."""
+    lefts = window_starts(width, size, stride)
+    return [(top, left) for top in window_starts(height, size, stride) for left in lefts]
+
+
+def cut_windows(image: Tensor, size: int, stride: int, *, fill: int = 0) -> Tensor:
+    """The windows (n, C, size, size) over an image (C, h, w), in the order of `window_corners`.
+
+    An image smaller than a window is padded with `fill` at right and bottom.
+    """
+    height, width = image.shape[-2:]
+    padded = F.pad(image, (0, max(0, size - width), 0, max(0, size - height)), value=fill)
+    corners = window_corners(height, width, size, stride)
+    return torch.stack([padded[:, top : top + size, left : left + size] for top, left in corners])
+
+
 def sliding_scores(
-    image: Tensor,
-    score: Callable[[Tensor], Tensor],
-    *,
-    size: int,
-    stride: int,
-    batch_size: int,
+    image: Tensor, score: Callable[[Tensor], Tensor], *, size: int, stride: int, batch_size: int
 ) -> Tensor:
     """Scores (K, h, w) of every pixel of an image (3, h, w), averaged over the windows that see it.
 
     score: maps windows (b, 3, size, size), b <= batch_size, to scores (b, K, r, c) on any grid, which is resized
-    bilinearly to the pixels of the window. An image smaller than a window is padded with black at right and bottom.
+    bilinearly to the pixels of the window. An image smaller than a window is padded with black.
     """
     height, width = image.shape[-2:]
-    padded = F.pad(image, (0, max(0, size - width), 0, max(0, size - height)))
-    corners = [
-        (top, left)
-        for top in window_starts(height, size, stride)
-        for left in window_starts(width, size, stride)
-    ]
-    windows = torch.stack([padded[:, top : top + size, left : left + size] for top, left in corners])
+    windows = cut_windows(image, size, stride)
+    corners = window_corners(height, width, size, stride)
     total = count = torch.empty(0)
     for start in range(0, len(corners), batch_size):
         found = score(windows[start : start + batch_size]).float()
         found = F.interpolate(found, size=(size, size), mode="bilinear", align_corners=False)
         if start == 0:
-            total = found.new_zeros(found.shape[1], *padded.shape[-2:])
-            count = found.new_zeros(padded.shape[-2:])
+            total = found.new_zeros(found.shape[1], max(height, size), max(width, size))
+            count = found.new_zeros(total.shape[1:])
         for one, (top, left) in zip(found, corners[start : start + batch_size], strict=True):
             total[:, top : top + size, left : left + size] += one
             count[top : top + size, left : left + size] += 1

@@ -11,13 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Both are made to be told apart with any colour vision, the second for more classes, in steps of a rainbow.
-# Sources: Okabe and Ito 2008, "Color Universal Design"; Tol 2021, "Colour schemes", figure 22.
-FEW_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#555555")
-MANY_COLOURS = (
-    "#d9cce3", "#caaccb", "#ba8db4", "#aa6f9e", "#994f88", "#882e72", "#1965b0", "#437dbf", "#6195cf", "#7bafde",
-    "#4eb265", "#90c987", "#cae0ab", "#f7f056", "#f7cb45", "#f4a736", "#ee8026", "#e65518", "#dc050c", "#a5170e",
-    "#72190e", "#42150a",
+# Of the colours of Okabe and Ito 2008 ("Color Universal Design") and Tol 2021 ("Colour schemes"), each is the one whose
+# nearest colour before it is farthest away for people with normal, protan, deutan and tritan vision (in OKLab, with the
+# matrices of Machado et al. 2009): the first few are far apart, and no two are alike.
+COLOURS = (
+    "#0072b2", "#f0e442", "#42150a", "#cc3311", "#66ccee", "#332288", "#aaaa00", "#44aa99",
+    "#aa3377", "#663333", "#90c987", "#cae0ab", "#222255", "#bbcc33", "#117733", "#ee6677",
 )  # fmt: skip
 OTHER, IGNORED_COLOUR, BORDER = "#bbbbbb", "#ffffff", 0.55
 COLUMNS = ("image", "truth", "prediction")
@@ -67,17 +66,8 @@ def segmentation_figure(
 
 def class_colours(shown: Sequence[int]) -> dict[int, str]:
     """A colour for each class, in the order of importance; those past the colours there are share OTHER."""
-    if len(shown) <= len(FEW_COLOURS):
-        return dict(zip(shown, FEW_COLOURS, strict=False))
-    count = min(len(shown), len(MANY_COLOURS))
-    places = np.linspace(0, len(MANY_COLOURS) - 1, count).round().astype(int)
-    # Frequent classes often lie side by side, so they get colours far apart: every other place, from both halves.
-    order = [
-        place for pair in zip(places[: count // 2], places[count // 2 :], strict=False) for place in pair
-    ]
-    order += [place for place in places if place not in order]
-    colours = {number: MANY_COLOURS[place] for number, place in zip(shown, order, strict=False)}
-    return colours | dict.fromkeys(shown[count:], OTHER)
+    colours = dict(zip(shown, COLOURS, strict=False))
+    return colours | dict.fromkeys(shown[len(COLOURS) :], OTHER)
 
 
 def _by_frequency(images: Sequence[SegmentedImage], num_classes: int) -> list[int]:
