@@ -152,7 +152,7 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
             )
         finally:
             save_curves(run)
-        if config.keep_best:
+        if config.keep_best and run.writes:
             _take_best(method, folder / BEST)
             export_student(method, run)
         numbers = _test(config, method, images, run)
@@ -211,7 +211,7 @@ def _monitors(config: FinetuneConfig, images: Images, folder: Path, per_epoch: i
 
 
 def _take_best(method: Supervised, folder: Path) -> None:
-    """Put the best weights in place of the last in what is exported; on every process, which all see the folder."""
+    """Put the best weights in place of the last in what is exported."""
     method.exported.network.load_state_dict(load_backbone(folder).network.state_dict())
 
 

@@ -19,7 +19,7 @@ from fdkit.data.views import Views
 from fdkit.errors import ConfigError
 from fdkit.methods._erasing import erase
 from fdkit.methods._method import Duration, Method
-from fdkit.methods._mixing import Mixture, draw_mixture, mix, soft_targets
+from fdkit.methods._mixing import draw_mixture, mix, soft_targets
 from fdkit.methods._partial import freeze_all_but
 from fdkit.models.backbone import Backbone, Pooling
 from fdkit.models.momentum import follow, momentum_copy
@@ -128,9 +128,13 @@ class Supervised(Method):
         views: V tensors (B, 3, H, W) in [0, 1], trained on as a batch of V * B; labels: (B,); progress is not used.
         """
         assert labels is not None, "the loop hands over labels where needs_labels says so"
-        images, config = torch.cat(views), self.config
+        return self.classify(*self._drawn(torch.cat(views), labels.repeat(len(views))))
+
+    @torch.compiler.disable  # a mixture's numbers would be constants to the compiler, new ones at every step
+    def _drawn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), erased and mixed, and their targets (B, K)."""
+        config, statistics = self.config, self.student.statistics
         if config.erase_probability:
-            statistics = self.student.statistics
             images = erase(images, config.erase_probability, mean=statistics.mean, std=statistics.std)
         height, width = images.shape[-2:]
         mixture = draw_mixture(
@@ -140,24 +144,20 @@ class Supervised(Method):
             probability=config.mix_probability,
             switch_probability=config.switch_probability,
         )
-        return self.classify(images, labels.repeat(len(views)), mixture)
-
-    def classify(self, images: Tensor, labels: Tensor, mixture: Mixture) -> dict[str, Tensor]:
-        """The loss of images (B, 3, H, W) in [0, 1] and labels (B,) under a mixture, float32.
-
-        loss: cross-entropy with the soft targets, averaged over images; train_top1: share of the images whose label of
-        the larger share has the highest logit.
-        """
-        mixed = images if mixture.share == 1 else mix(images, mixture)
-        logits = self.student.logits(mixed).float()
         targets = soft_targets(
-            labels, self.num_classes, share=mixture.share, smoothing=self.config.label_smoothing
+            labels, self.num_classes, share=mixture.share, smoothing=config.label_smoothing
         )
-        shown = labels if mixture.share >= 0.5 else labels.flip(0)
-        return {
-            "loss": F.cross_entropy(logits, targets),
-            "train_top1": (logits.detach().argmax(dim=1) == shown).float().mean(),
-        }
+        return images if mixture.share == 1 else mix(images, mixture), targets
+
+    def classify(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The loss of images (B, 3, H, W) in [0, 1] whose classes have the probabilities targets (B, K).
+
+        loss: cross-entropy averaged over images, float32; train_top1: share of the images whose highest logit is that
+        of their likeliest class.
+        """
+        logits = self.student.logits(images).float()
+        hits = logits.detach().argmax(dim=1) == targets.argmax(dim=1)
+        return {"loss": F.cross_entropy(logits, targets), "train_top1": hits.float().mean()}
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
