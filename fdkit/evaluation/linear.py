@@ -1,74 +1,93 @@
-"""Linear probe of frozen features: multinomial logistic regression, all candidates trained at the same time.
+"""Linear probe of frozen features: multinomial logistic regression by SGD, all candidates trained at the same time.
 
-A candidate is a learning rate and a weight decay. The K candidates are K heads of one (K * C, D) weight: the
-gradient of the sum of their losses is each head's own gradient, so training them together equals training them
-apart, and every batch is read once. The candidate is chosen on a validation split carved out of train; test is
-read once, at the end, by the chosen one alone.
-Recipe: SGD with momentum, cosine learning rate to zero, no augmentation (features are given), no bias decay.
-Source: Chen et al. 2021 (MoCo v3) for SGD and its schedule; He et al. 2022 (MAE), appendix A.1, for features
-standardised without scale and offset; Oquab et al. 2023 (DINOv2), appendix B.3, for a grid of heads on one pass.
+A candidate is a learning rate, a weight decay and an input, the columns of the features it reads. Candidates are
+trained together, on one pass over cached features or, with random views, on one forward of the network a step;
+each ends as it would alone. The candidate is chosen on a validation split carved out of train; test is read once, at
+the end, by the chosen one alone. The official protocols choose by test, or fix one learning rate.
+By default: SGD with momentum, cosine learning rate to zero, standardised features, no augmentation, no bias decay.
+Source: Chen et al. 2021 (MoCo v3) for SGD and its schedule; He et al. 2022 (MAE), appendix A.1, for LARS and features
+normalised without scale and offset; Oquab et al. 2023 (DINOv2), appendix B.3, for a grid of heads on one pass.
 """
 
 import logging
-import math
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from fdkit.config import Config
-from fdkit.errors import DataError, NumericsError
-from fdkit.evaluation._metrics import Metrics, accuracies, rank_of_label
+from fdkit.data.views import CropConfig, Share, Views
+from fdkit.errors import ConfigError, DataError, NumericsError
+from fdkit.evaluation._columns import ALL
+from fdkit.evaluation._metrics import (
+    Metrics,
+    accuracies,
+    expected_calibration_error,
+    negative_log_likelihood,
+    rank_of_label,
+)
+from fdkit.evaluation._probe import Candidate, Probe, ProbeConfig
+from fdkit.evaluation._probe_data import (
+    CachedImages,
+    ProbeData,
+    StreamedImages,
+    of_all_ranks,
+    scores_of,
+)
+from fdkit.evaluation._random_views import CropBoxes, random_views
+from fdkit.evaluation._statistics import bootstrap_interval
+from fdkit.evaluation._subject import Subject
 from fdkit.evaluation.features import Features, paired
+from fdkit.models.collectives import rank, world_size
 
 log = logging.getLogger("fdkit")
 
-# Smallest variance a channel is divided by, as in MAE's probe: a constant channel stays near zero.
-VARIANCE_FLOOR = 1e-6
-SCORED_AT_ONCE = 4096
+SWEPT = ("lr", "weight_decay", "inputs")
 
 
-class LinearConfig(Config):
+class LinearConfig(ProbeConfig):
     """The candidates of a linear probe and how they are trained and chosen."""
 
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0), min_length=1
     )
-    """Peak learning rates to try, used as they are whatever the batch size."""
+    """Peak learning rates to try, for lr_reference_batch images a step."""
     weight_decay: tuple[Annotated[float, Field(ge=0)], ...] = Field((0.0,), min_length=1)
     """Weight decays to try with each learning rate; biases are not decayed."""
-    epochs: int = Field(100, ge=1)
-    """Passes over the training features."""
-    train_batch_size: int = Field(256, ge=1)
-    """Features a step; the last batch of an epoch may be smaller."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD."""
-    standardize: bool = True
-    """Whether each channel is shifted and scaled to mean 0 and variance 1 over the training features."""
+    inputs: tuple[str, ...] = Field((ALL,), min_length=1)
+    """What the classifier reads, to try with each of these: all that was extracted; tokens of the last layer, such as
+    cls+patches, or of the last four, cls:4; or grid, DINOv2's four."""
+    augment: Literal["none", "crop"] = "none"
+    """Features of the evaluation crop, made once; or of new random crops at every step, which takes a forward pass of
+    the network each."""
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    """Smallest and largest share of the image's area that a random crop covers."""
+    crop_boxes: CropBoxes = "redrawn"
+    """What becomes of boxes larger than the image: redrawn as in torchvision, or clipped to it as in BYOL and MAE."""
+    crop_interpolation: Literal["model", "bilinear", "bicubic"] = "model"
+    """How random crops are resized; model: as the network's evaluation crop."""
     validation_ratio: float = Field(0.1, gt=0, lt=1)
     """Fraction of the training images of each class on which the candidate is chosen."""
     refit: bool = True
-    """Whether the chosen candidate is trained again on all training images before it meets test."""
-    seed: int = Field(0, ge=0)
-    """Seed of the validation split and of the order of batches."""
+    """Whether the chosen candidate is trained again on all training images before it meets test; with random crops
+    that takes as many forward passes again. A single candidate is trained once, on all of them."""
 
-
-class Candidate(NamedTuple):
-    """One setting of the sweep."""
-
-    lr: float
-    weight_decay: float
-
-
-class Probe(NamedTuple):
-    """K linear classifiers on features as they were extracted; standardisation is folded into them."""
-
-    weight: Tensor
-    """(K, C, D)."""
-    bias: Tensor
-    """(K, C)."""
+    @model_validator(mode="after")
+    def _has_a_crop(self) -> Self:
+        low, high = self.crop_scale
+        if high < low:
+            raise ConfigError(
+                f"crop_scale ({low:g}, {high:g}) ends below its beginning", "write the smaller share first"
+            )
+        fields = LinearConfig.model_fields
+        changed = [
+            name
+            for name in ("crop_scale", "crop_boxes", "crop_interpolation")
+            if getattr(self, name) != fields[name].default
+        ]
+        if changed and self.augment == "none":
+            raise ConfigError(f"{changed[0]} has no effect without random crops", "use --augment crop")
+        return self
 
 
 class Choice(NamedTuple):
@@ -79,7 +98,8 @@ class Choice(NamedTuple):
     candidate: Candidate
     """Its setting."""
     candidates: list[dict[str, Any]]
-    """Of each candidate: lr, weight_decay, validation_top1 and validation_loss (both None if it diverged)."""
+    """Of each candidate: lr, weight_decay, inputs, validation_top1 and validation_loss (both None if it diverged);
+    empty if there was a single one and it was trained on everything."""
     num_fit: int
     """Images the candidates were trained on."""
     num_validation: int
@@ -89,92 +109,43 @@ class Choice(NamedTuple):
 def evaluate(train: Features, test: Features, config: LinearConfig) -> Metrics:
     """Accuracy on test of the probe chosen on a part of train; runs on the device of train.values.
 
-    Returns {"evaluator", "top1", "top5" (of 5 classes or more), "lr", "weight_decay", "validation_top1",
-    "validation_loss", "candidates", "protocol", "train", "test"}. Logs a warning if the choice stands at the edge
-    of the learning rates tried. Raises DataError if no class has two images or test has classes that train lacks,
-    NumericsError if all candidates diverge.
+    Returns {"evaluator", "top1", "top5" (of 5 classes or more), "interval" (of top1 over test images, 95 %), "ece",
+    "nll", "lr", "weight_decay", "inputs", "validation_top1", "validation_loss" (both only if there was a choice),
+    "candidates", "protocol", "train", "test"}. Logs a warning if the choice stands at the edge of the learning rates
+    tried. Raises DataError if there is one class, if no class has two images to compare candidates on, or test has
+    classes that train lacks; ConfigError for inputs that the features do not have, or a batch of one in front of batch
+    norm; NumericsError if a feature is not finite or all candidates diverge.
     """
+    if config.augment != "none":
+        raise ConfigError(
+            f"augment is {config.augment}, but these features are made already",
+            "use `fdkit evaluate`, or augment none",
+        )
     train, test = paired(train, test)
-    choice = choose(train, config)
-    ranks = rank_of_label(_scores(choice.probe, test.values)[0], test.labels)
-    chosen = next(
-        row for row in choice.candidates if Candidate(row["lr"], row["weight_decay"]) == choice.candidate
-    )
-    protocol = config.model_dump(mode="json", include=set(LinearConfig.model_fields) - {"lr", "weight_decay"})
-    return {
-        "evaluator": "linear",
-        **accuracies(ranks, len(train.classes)),
-        **chosen,
-        "candidates": choice.candidates,
-        "protocol": protocol | {"num_fit": choice.num_fit, "num_validation": choice.num_validation},
-        "train": train.info,
-        "test": test.info,
-    }
+    return _evaluated(CachedImages(train, config.inputs, config), test, config, is_shared=False)
+
+
+def measure(subject: Subject, config: LinearConfig) -> Metrics:
+    """What `evaluate` returns, of a model and its images, with random crops if they are asked for.
+
+    Under torchrun each process trains some of the candidates and makes its share of the features, and all of them know
+    the result, which does not hang on their number but for rounding. Raises what `evaluate` raises, and ConfigError
+    for a batch that cannot be cut out of the images or into equal shares.
+    """
+    if config.augment == "none":
+        train, test = paired(*subject.splits())
+        return _evaluated(CachedImages(train, config.inputs, config), test, config, is_shared=True)
+    data = StreamedImages(subject, _views(subject, config), config.inputs, config)
+    _, test = paired(data.stand_in(), subject.features(subject.split).to(subject.device))
+    return _evaluated(data, test, config, is_shared=True)
 
 
 def choose(train: Features, config: LinearConfig) -> Choice:
     """The best candidate on a stratified validation split of train: highest accuracy, then lowest loss.
 
-    A candidate whose weights are not finite cannot be chosen. Raises DataError if no class has two images,
-    NumericsError if every candidate diverged.
+    A candidate whose weights are not finite cannot be chosen. Raises what `evaluate` raises of train.
     """
-    candidates = [Candidate(lr, decay) for decay in config.weight_decay for lr in config.lr]
-    num_classes = len(train.classes)
-    fit_rows, validation_rows = validation_split(train.labels, config.validation_ratio, seed=config.seed)
-    if len(validation_rows) == 0:
-        raise DataError(
-            f"no class has two images among the {len(train.labels)} training images: nothing to compare on",
-            "add labelled images",
-        )
-    fitted = fit(
-        train.values[fit_rows], train.labels[fit_rows], num_classes, candidates=candidates, config=config
-    )
-    table = _compare(fitted, train.values[validation_rows], train.labels[validation_rows], candidates)
-    alive = [k for k, row in enumerate(table) if row["validation_loss"] is not None]
-    if not alive:
-        lrs = ", ".join(f"{lr:g}" for lr in config.lr)
-        raise NumericsError(
-            f"the linear probe diverged at every learning rate tried: {lrs}", "add smaller ones"
-        )
-    best = min(alive, key=lambda k: (-table[k]["validation_top1"], table[k]["validation_loss"]))
-    _warn_at_edge(candidates[best].lr, config.lr)
-    if config.refit:
-        probe = fit(train.values, train.labels, num_classes, candidates=[candidates[best]], config=config)
-        if not probe.weight.isfinite().all():
-            raise NumericsError(f"the chosen {candidates[best]} diverged on all of train", "try --no-refit")
-    else:
-        probe = Probe(fitted.weight[best : best + 1], fitted.bias[best : best + 1])
-    return Choice(probe, candidates[best], table, len(fit_rows), len(validation_rows))
-
-
-def fit(
-    values: Tensor, labels: Tensor, num_classes: int, *, candidates: list[Candidate], config: LinearConfig
-) -> Probe:
-    """K classifiers trained on features (N, D) and labels (N,), one a candidate, each as if it were alone.
-
-    They start from zero: the loss is convex, so a random start would only add noise. Of config, the training
-    fields are read; the order of batches depends on config.seed and N alone.
-    """
-    mean, scale = _standardizer(values) if config.standardize else (values.new_zeros(()), values.new_ones(()))
-    inputs = F.pad((values - mean) * scale, (0, 1), value=1.0)  # (N, D + 1): the last column carries the bias
-    weight = inputs.new_zeros(len(candidates), num_classes, inputs.shape[1])
-    velocity = torch.zeros_like(weight)
-    peak_lr = inputs.new_tensor([candidate.lr for candidate in candidates])[:, None, None]
-    decay = inputs.new_tensor([candidate.weight_decay for candidate in candidates])[:, None, None]
-    has_decay = any(candidate.weight_decay > 0 for candidate in candidates)
-    order = torch.Generator().manual_seed(config.seed)
-    steps_per_epoch = math.ceil(len(labels) / config.train_batch_size)
-    for epoch in range(config.epochs):
-        shuffled = torch.randperm(len(labels), generator=order).to(labels.device)
-        for step, rows in enumerate(shuffled.split(config.train_batch_size), epoch * steps_per_epoch):
-            gradient = _gradient(weight, inputs[rows], labels[rows])
-            if has_decay:
-                gradient[..., :-1] += decay * weight[..., :-1]
-            velocity.mul_(config.momentum).add_(gradient)
-            progress = step / (config.epochs * steps_per_epoch)
-            weight.addcmul_(velocity, peak_lr, value=-0.5 * (1 + math.cos(math.pi * progress)))
-    folded = weight[..., :-1] * scale
-    return Probe(folded, weight[..., -1] - (folded * mean).sum(dim=-1))
+    return _choose(CachedImages(train, config.inputs, config), config, is_shared=False)
 
 
 def validation_split(labels: Tensor, validation_ratio: float, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -193,48 +164,119 @@ def validation_split(labels: Tensor, validation_ratio: float, *, seed: int) -> t
     return by_class[~is_validation].sort().values, by_class[is_validation].sort().values
 
 
-def _standardizer(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation of each channel, both (D,)."""
-    variance, mean = torch.var_mean(values, dim=0, correction=0)
-    return mean, (variance + VARIANCE_FLOOR).rsqrt()
+def _evaluated(data: ProbeData, test: Features, config: LinearConfig, *, is_shared: bool) -> Metrics:
+    choice = _choose(data, config, is_shared=is_shared)
+    scores = scores_of(choice.probe, test.values)
+    ranks = rank_of_label(scores, test.labels)
+    chosen = choice.candidate._asdict()
+    compared = next((row for row in choice.candidates if chosen.items() <= row.items()), {})
+    protocol = config.model_dump(mode="json", include=set(LinearConfig.model_fields) - set(SWEPT))
+    return {
+        "evaluator": "linear",
+        **accuracies(ranks, len(data.classes)),
+        "interval": list(bootstrap_interval(ranks == 0, seed=config.seed)),
+        "ece": expected_calibration_error(scores.double().softmax(dim=1), test.labels),
+        "nll": negative_log_likelihood(scores, test.labels),
+        **(chosen | compared),
+        "candidates": choice.candidates,
+        "protocol": protocol | {"num_fit": choice.num_fit, "num_validation": choice.num_validation},
+        "train": data.info,
+        "test": test.info,
+    }
 
 
-def _gradient(weight: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of each head's mean cross-entropy, (K, C, D); in closed form, (softmax - one-hot) inputs / B.
-
-    weight: (K, C, D); inputs: (B, D); labels: (B,).
-    """
-    heads, num_classes, width = weight.shape
-    scores = (inputs @ weight.view(-1, width).T).view(-1, heads, num_classes)
-    error = scores.softmax(dim=-1)
-    error.scatter_add_(
-        2, labels[:, None, None].expand(-1, heads, 1), error.new_full((len(labels), heads, 1), -1.0)
-    )
-    return (error.view(len(labels), -1).T @ inputs).div_(len(labels)).view_as(weight)
-
-
-def _scores(probe: Probe, values: Tensor) -> Tensor:
-    """Scores of every classifier for features (N, D): (K, N, C)."""
-    weight = probe.weight.flatten(0, 1)
-    scores = torch.cat([block @ weight.T for block in values.split(SCORED_AT_ONCE)])
-    return (scores.view(len(values), *probe.bias.shape) + probe.bias).transpose(0, 1)
-
-
-def _compare(
-    probe: Probe, values: Tensor, labels: Tensor, candidates: list[Candidate]
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for candidate, scores in zip(candidates, _scores(probe, values), strict=True):
-        loss = float(F.cross_entropy(scores, labels))
-        top1 = int((rank_of_label(scores, labels) == 0).sum()) / len(labels)
-        diverged = not math.isfinite(loss)
-        rows.append(
-            candidate._asdict()
-            | {"validation_top1": None if diverged else top1, "validation_loss": None if diverged else loss}
+def _choose(data: ProbeData, config: LinearConfig, *, is_shared: bool) -> Choice:
+    """is_shared: whether all processes are here, so that each may train some of the candidates."""
+    every = torch.arange(len(data.labels), device=data.labels.device)
+    candidates = list(
+        dict.fromkeys(
+            Candidate(lr, decay, name)
+            for name in data.columns
+            for decay in config.weight_decay
+            for lr in config.lr
         )
-    return rows
+    )
+    _refuse_one_class(data)
+    if config.refit:
+        data.refuse_batches(len(every))
+        if len(candidates) == 1:
+            return Choice(_refitted(data, candidates[0], every), candidates[0], [], len(every), 0)
+    fit_rows, validation_rows = validation_split(data.labels, config.validation_ratio, seed=config.seed)
+    if len(validation_rows) == 0:
+        raise DataError(
+            f"no class has two images among the {len(every)} training images: nothing to compare on",
+            "add labelled images",
+        )
+    data.refuse_batches(len(fit_rows))
+    own = candidates[rank() :: world_size()] if is_shared else candidates
+    fitted = data.fit(own, fit_rows)
+    compared = data.compare(fitted, validation_rows)
+    if is_shared:
+        compared = {one: row for part in of_all_ranks(compared) for one, row in part.items()}
+    best = _best([(one, compared[one]) for one in candidates], config)
+    if config.refit:
+        probe = _refitted(data, best, every)
+    else:
+        probe = _fitted(fitted, best, is_shared=is_shared).to(every.device)
+    table = [one._asdict() | compared[one] for one in candidates]
+    return Choice(probe, best, table, len(fit_rows), len(validation_rows))
 
 
-def _warn_at_edge(lr: float, tried: tuple[float, ...]) -> None:
-    if len(tried) > 2 and lr in (min(tried), max(tried)):
-        log.warning("the best learning rate %g is the edge of those tried: a wider range may do better", lr)
+def _best(compared: list[tuple[Candidate, dict[str, Any]]], config: LinearConfig) -> Candidate:
+    """Of the highest accuracy, then the lowest loss. Raises NumericsError if all diverged."""
+    alive = [(one, row) for one, row in compared if row["validation_loss"] is not None]
+    if not alive:
+        lrs = ", ".join(f"{lr:g}" for lr in config.lr)
+        raise NumericsError(
+            f"the linear probe diverged at every learning rate tried: {lrs}", "add smaller ones"
+        )
+    best = min(alive, key=lambda pair: (-pair[1]["validation_top1"], pair[1]["validation_loss"]))[0]
+    if len(config.lr) > 2 and best.lr in (min(config.lr), max(config.lr)):
+        log.warning(
+            "the best learning rate %g is the edge of those tried: a wider range may do better", best.lr
+        )
+    return best
+
+
+def _refitted(data: ProbeData, candidate: Candidate, rows: Tensor) -> Probe:
+    """The candidate trained on all images; every process trains it, which is quicker than to wait for one."""
+    probe = data.fit([candidate], rows)[0]
+    if not (probe.weight.isfinite().all() and probe.bias.isfinite().all()):
+        raise NumericsError(
+            f"the chosen {candidate} diverged on all of train", "try a smaller --lr, or --no-refit"
+        )
+    return probe
+
+
+def _fitted(probes: list[Probe], candidate: Candidate, *, is_shared: bool) -> Probe:
+    """The classifier of a candidate as it was compared, on every process."""
+    own = next((probe.only(candidate) for probe in probes if candidate in probe.candidates), None)
+    if not is_shared or world_size() == 1:
+        assert own is not None, "the chosen candidate was fitted"
+        return own
+    found = of_all_ranks(None if own is None else own.to("cpu"))
+    return next(probe for probe in found if probe is not None)
+
+
+def _refuse_one_class(data: ProbeData) -> None:
+    held = data.labels.unique().tolist()
+    if len(held) == 1:
+        raise DataError(
+            f"all {len(data.labels)} training images are of class {data.classes[held[0]]}: nothing to tell apart",
+            "put the images of each class in a folder of its own",
+        )
+
+
+def _views(subject: Subject, config: LinearConfig) -> Views:
+    """The random view of the configuration, at the size the network wants."""
+    want = subject.teacher.backbone.preprocessing
+    low, high = config.crop_scale
+    crop = CropConfig(
+        image_size=want.image_size,
+        min_scale=low,
+        max_scale=high,
+        interpolation=want.interpolation
+        if config.crop_interpolation == "model"
+        else config.crop_interpolation,
+    )
+    return random_views(config.crop_boxes, crop)

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from fdkit.errors import DataError, NumericsError
-from fdkit.evaluation import linear
+from fdkit.evaluation._probe import Candidate
+from fdkit.evaluation._probe_data import CachedImages
 from fdkit.evaluation.features import Features
-from fdkit.evaluation.linear import Candidate, LinearConfig, choose, evaluate, fit, validation_split
+from fdkit.evaluation.linear import LinearConfig, choose, evaluate, validation_split
 
 
 def blobs(
@@ -25,11 +27,16 @@ def blobs(
     return Features(values, labels, tuple(f"c{index}" for index in range(num_classes)), {"source": "blobs"})
 
 
+def fit(train: Features, candidates: list[Candidate], config: LinearConfig, rows: Tensor | None = None):
+    """Weight (K, C, D) and bias (K, C) of the classifiers of the given rows of train, or of all."""
+    every = torch.arange(len(train.labels)) if rows is None else rows
+    (probe,) = CachedImages(train, ("all",), config).fit(candidates, every)
+    return probe
+
+
 def naive_scores(train: Features, candidate: Candidate, config: LinearConfig) -> torch.Tensor:
-    """Scores of train by one head, trained by autograd and torch's own SGD on standardised inputs."""
-    values = train.values
-    if config.standardize:
-        values = (values - values.mean(0)) / (values.var(0, correction=0) + 1e-6).sqrt()
+    """Scores of train by one head, trained by autograd and torch's own SGD on inputs that were standardised before."""
+    values = (train.values - train.values.mean(0)) / (train.values.var(0, correction=0) + 1e-6).sqrt()
     head = torch.nn.Linear(values.shape[1], len(train.classes))
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
@@ -48,50 +55,42 @@ def naive_scores(train: Features, candidate: Candidate, config: LinearConfig) ->
     return head(values).detach()
 
 
-@pytest.mark.parametrize("standardize", [True, False])
-def test_heads_trained_together_equal_heads_trained_apart_by_autograd(standardize):
+def test_cached_features_are_probed_as_by_autograd():
     train = blobs(53)
-    config = LinearConfig(epochs=4, train_batch_size=16, standardize=standardize, seed=3)
+    config = LinearConfig(epochs=4, train_batch_size=16, seed=3)
     candidates = [Candidate(lr, decay) for decay in (0.0, 0.02) for lr in (1e-3, 5e-3, 2e-2)]
-    together = fit(train.values, train.labels, 5, candidates=candidates, config=config)
+    found = fit(train, candidates, config).scores(train.values)
     for k, candidate in enumerate(candidates):
-        scores = train.values @ together.weight[k].T + together.bias[k]
-        torch.testing.assert_close(scores, naive_scores(train, candidate, config), rtol=1e-5, atol=1e-5)
-        alone = fit(train.values, train.labels, 5, candidates=[candidate], config=config)
-        torch.testing.assert_close(alone.weight[0], together.weight[k], rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(together.weight[0], together.weight[3], rtol=1e-4)  # the decay does something
+        expected = naive_scores(train, candidate, config)
+        torch.testing.assert_close(found[:, k], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_that_diverges_leaves_the_others_alone():
+def test_a_candidate_that_diverges_is_not_chosen():
     train = blobs(60)
-    config = LinearConfig(epochs=3, train_batch_size=16, standardize=False)
-    wild, calm = Candidate(1e38, 0.0), Candidate(1e-3, 0.0)
-    together = fit(train.values, train.labels, 5, candidates=[wild, calm], config=config)
-    alone = fit(train.values, train.labels, 5, candidates=[calm], config=config)
-    assert not together.weight[0].isfinite().all()
-    torch.testing.assert_close(together.weight[1], alone.weight[0], rtol=1e-5, atol=1e-6)
-    choice = choose(train, config.model_copy(update={"lr": (1e38, 1e-3)}))
-    assert choice.candidate == calm
+    config = LinearConfig(epochs=3, train_batch_size=16, normalization="none", lr=(1e38, 1e-3))
+    choice = choose(train, config)
+    assert choice.candidate == Candidate(1e-3)
     assert choice.candidates[0] == {
         "lr": 1e38,
         "weight_decay": 0.0,
+        "inputs": "all",
         "validation_top1": None,
         "validation_loss": None,
     }
-    with pytest.raises(NumericsError, match=r"diverged at every learning rate tried: 1e\+38"):
-        choose(train, config.model_copy(update={"lr": (1e38,)}))
+    with pytest.raises(NumericsError, match=r"diverged at every learning rate tried: 1e\+38, 2e\+38"):
+        choose(train, config.model_copy(update={"lr": (1e38, 2e38)}))
 
 
 def test_reaches_the_optimum_that_scikit_learn_finds():
     train, test = blobs(400), blobs(300, seed=1)
     decay = 0.01
     config = LinearConfig(epochs=1500, train_batch_size=400)
-    probe = fit(train.values, train.labels, 5, candidates=[Candidate(0.5, decay)], config=config)
+    probe = fit(train, [Candidate(0.5, decay)], config)
     mean, std = train.values.mean(0), train.values.std(0, correction=0)
     oracle = LogisticRegression(C=1 / (decay * len(train.values)), tol=1e-10, max_iter=2000)
     oracle.fit(((train.values - mean) / std).double().numpy(), train.labels.numpy())
     expected = torch.tensor(oracle.predict_proba(((test.values - mean) / std).double().numpy()))
-    found = (test.values @ probe.weight[0].T + probe.bias[0]).softmax(dim=1)
+    found = probe.scores(test.values)[:, 0].softmax(dim=1)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
 
 
@@ -113,38 +112,58 @@ def test_test_labels_cannot_influence_the_choice(refit):
     blind = evaluate(train, shuffled, config)
     assert blind["top1"] < honest["top1"]
     for metrics in (honest, blind):
-        metrics.pop("top1"), metrics.pop("top5")
+        for name in ("top1", "top5", "interval", "ece", "nll"):
+            metrics.pop(name)
     assert blind == honest
 
 
 def test_a_refit_that_diverges_is_an_error_and_not_an_accuracy(monkeypatch):
-    def diverges_on_all(values, labels, num_classes, *, candidates, config):
-        probe = fit(values, labels, num_classes, candidates=candidates, config=config)
-        return probe._replace(weight=probe.weight * float("nan")) if len(labels) == 120 else probe
+    fit_before = CachedImages.fit
 
-    monkeypatch.setattr(linear, "fit", diverges_on_all)
+    def diverges_on_all(self, candidates, rows):
+        probes = fit_before(self, candidates, rows)
+        return [p._replace(weight=p.weight * float("nan")) for p in probes] if len(rows) == 120 else probes
+
+    monkeypatch.setattr(CachedImages, "fit", diverges_on_all)
     with pytest.raises(NumericsError, match="diverged on all of train"):
         choose(blobs(120), LinearConfig(epochs=1))
 
 
 def test_refit_uses_every_training_image_and_no_refit_keeps_the_compared_head():
-    train, config = blobs(120), LinearConfig(epochs=5)
-    candidate = choose(train, config).candidate
+    train, config = blobs(120), LinearConfig(epochs=10, lr=(1e-6, 1e-2))
     rows = validation_split(train.labels, config.validation_ratio, seed=config.seed)[0]
-    for refit, used in ((True, slice(None)), (False, rows)):
+    for refit, used in ((True, None), (False, rows)):
         chosen = choose(train, config.model_copy(update={"refit": refit})).probe
-        expected = fit(train.values[used], train.labels[used], 5, candidates=[candidate], config=config)
+        expected = fit(train, [Candidate(1e-2)], config, used)
         torch.testing.assert_close(chosen.weight, expected.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_candidate_is_trained_once_on_all_images(monkeypatch):
+    train, test, fitted = blobs(120), blobs(40, seed=1), []
+    fit_before = CachedImages.fit
+    monkeypatch.setattr(
+        CachedImages, "fit", lambda self, c, rows: fitted.append(len(rows)) or fit_before(self, c, rows)
+    )
+    config = LinearConfig(epochs=3, lr=(0.01,))
+    found = evaluate(train, test, config)
+    assert fitted == [120]
+    assert (found["lr"], found["candidates"], found["protocol"]["num_validation"]) == (0.01, [], 0)
+    assert "validation_top1" not in found
+    hits = (fit(train, [Candidate(0.01)], config).scores(test.values)[:, 0].argmax(1) == test.labels).float()
+    assert found["top1"] == pytest.approx(float(hits.mean()))
+    kept = evaluate(train, test, config.model_copy(update={"refit": False}))
+    assert kept["protocol"]["num_validation"] > 0
+    assert "validation_top1" in kept
 
 
 def test_choice_is_the_best_on_validation_by_a_naive_count():
     train, config = blobs(300, noise=2.0), LinearConfig(epochs=10, lr=(1e-5, 1e-2, 20.0))
     fit_rows, validation_rows = validation_split(train.labels, 0.1, seed=0)
     choice = choose(train, config)
-    part = train._replace(values=train.values[fit_rows], labels=train.labels[fit_rows])
     for row in choice.candidates:
-        probe = fit(part.values, part.labels, 5, candidates=[Candidate(row["lr"], 0.0)], config=config)
-        scores = train.values[validation_rows] @ probe.weight[0].T + probe.bias[0]
+        scores = fit(train, [Candidate(row["lr"])], config, fit_rows).scores(train.values[validation_rows])[
+            :, 0
+        ]
         hits = sum(
             int(score.argmax()) == int(label)
             for score, label in zip(scores, train.labels[validation_rows], strict=True)
@@ -169,7 +188,9 @@ def test_metrics_are_json_with_the_protocol():
     assert len(metrics["candidates"]) == 4
     assert metrics["protocol"]["num_fit"] + metrics["protocol"]["num_validation"] == 120
     assert metrics["train"] == {"source": "blobs"}
-    chosen = {key: metrics[key] for key in ("lr", "weight_decay", "validation_top1", "validation_loss")}
+    assert metrics["protocol"]["normalization"] == "standardize"
+    keys = ("lr", "weight_decay", "inputs", "validation_top1", "validation_loss")
+    chosen = {key: metrics[key] for key in keys}
     assert chosen in metrics["candidates"]
 
 
