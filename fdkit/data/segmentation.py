@@ -320,13 +320,17 @@ def _read_classes(root: Path, table: np.ndarray) -> list[str]:
     try:
         names = _parse_classes(path)
     except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
-        raise DataError(f"{printable(str(path))}: cannot be read as names of classes: {error}") from error
+        raise DataError(
+            f"{printable(str(path))}: cannot be read as names of classes: {error}",
+            "classes.txt has a name a line; classes.json a list of names, or numbers to names",
+        ) from error
     used = {int(value) for value in table if value != IGNORED}
     while names and len(names) - 1 not in used:
         names.pop()
     if len(names) < 2:
         raise DataError(
-            f"{printable(str(path))}: names {len(names)} classes that count; there are at least 2"
+            f"{printable(str(path))}: names {len(names)} classes that count; there are at least 2",
+            "write a name a line, in the order of the numbers in the masks",
         )
     return names
 
