@@ -130,7 +130,8 @@ class Supervised(Method):
         assert labels is not None, "the loop hands over labels where needs_labels says so"
         return self.classify(*self._drawn(torch.cat(views), labels.repeat(len(views))))
 
-    @torch.compiler.disable  # a mixture's numbers would be constants to the compiler, new ones at every step
+    # A mixture's numbers would be constants to the compiler, new ones at every step.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drawn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W), erased and mixed, and their targets (B, K)."""
         config, statistics = self.config, self.student.statistics

@@ -47,7 +47,7 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels() -> None:
         log_probabilities = row - row.logsumexp(0)
         for k in range(3):
             total -= float((0.7 * (k == label) + 0.3 / 3) * log_probabilities[k])
-    assert float(found["loss"]) == pytest.approx(total / 6, rel=1e-5)
+    assert found["loss"].item() == pytest.approx(total / 6, rel=1e-5)
     assert float(found["train_top1"]) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     assert [name for name, value in found.items() if value.requires_grad] == ["loss"]
 
@@ -80,7 +80,7 @@ def test_a_seed_repeats_a_step_and_another_does_not() -> None:
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        losses.append(float(made([images], 0.0, labels)["loss"]))
+        losses.append(made([images], 0.0, labels)["loss"].item())
     assert losses[0] == losses[1] != losses[2]
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -482,3 +483,65 @@ def test_a_lost_process_ends_the_others(tmp_path: Path) -> None:
     assert exit_codes(processes)[0] == 8, "the one that is left ends by itself"
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["state"], facts["exit_code"]) == ("failed", 8)
+
+
+class Shades(Pictures):
+    """Pictures of one grey each, which is their label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels: Any = np.arange(len(self)) * 3
+        self.pixels[:] = self.labels[:, None, None, None]
+
+
+class Labelled(ToyMethod):
+    """Learns more from images of higher labels; remembers whether each label was its image's."""
+
+    needs_labels = True
+    seen: list[int]
+
+    def forward(
+        self, views: list[Tensor], progress: float, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        assert labels is not None
+        assert torch.equal((views[0].mean(dim=(1, 2, 3)) * 255).round().long(), labels)
+        self.seen = [*getattr(self, "seen", []), *labels.tolist()]
+        patches = self.student(views[0]).patches
+        return {"loss": (patches.square().mean(dim=(1, 2)) * labels).mean()}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_labels_come_with_their_images_part_by_part(parts: int, tmp_path: Path) -> None:
+    chosen = settings(train_accumulate=parts, train_epochs=2, optim_warmup_epochs=0.1)
+    method = Labelled()
+    with Run.create(tmp_path / "run", CONFIG_YAML) as run:
+        train(method, Shades(), run, **chosen)
+    batches = training_batches(
+        Shades(), method.views, chosen["loader"], batch_size=8, seed=5, start_step=0, num_steps=6
+    )
+    assert method.seen == [label for batch in batches for label in batch.labels.tolist()]
+    whole = Labelled()
+    with Run.create(tmp_path / "whole", CONFIG_YAML) as run:
+        train(whole, Shades(), run, **settings(train_epochs=2, optim_warmup_epochs=0.1))
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(method.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_group_learns_at_its_share_of_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = ToyMethod()
+    scales = {"student.network.norm.weight": 0.5, "student.network.patches.weight": 0.25}
+    monkeypatch.setattr("fdkit.training.optimizer.layer_scales", lambda model, decay: scales)
+    chosen = settings(optim_layer_decay=0.5)
+    with Run.create(tmp_path / "run", CONFIG_YAML) as run:
+        plan = make_plan(Pictures(), train=chosen["train"], optim=chosen["optim"], world=ALONE, device=CPU)
+        trainer = Trainer(
+            method, Pictures(), run, plan=plan, train=chosen["train"], optim=chosen["optim"], seed=5, world=ALONE,
+            device=CPU,
+        )  # fmt: skip
+        for trainer.step in (0, 2, 13):
+            trainer.set_rates(trainer.step / plan.num_steps)
+            rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+            for name, parameter in method.named_parameters():
+                assert rates[id(parameter)] == scales.get(name, 1.0) * plan.schedule(trainer.step), name

@@ -219,3 +219,53 @@ def test_sgd_takes_parameters_that_get_their_first_gradient_late() -> None:
     layer.bias.grad = torch.ones_like(layer.bias)
     optimizer.step()
     torch.testing.assert_close(layer.bias.detach(), start - 0.3)
+
+
+class WithStudent(nn.Module):
+    """As a method: a student around a network, and something beside it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.student = nn.Module()
+        self.student.network = network
+        self.decoder = nn.Linear(4, 4)
+
+
+def test_layer_decay_multiplies_the_rate_once_for_each_layer_behind() -> None:
+    """Of a ViT of depth 2: the embedding three times, its first block twice, its second once, all else never."""
+    network = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5
+    )
+    model = WithStudent(network)
+    optimizer = build_optimizer(
+        model, OptimizerConfig(layer_decay=0.5, weight_decay=0.3, decay_exempt="1d+tokens")
+    )
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        short = name.removeprefix("student.network.")
+        expected = 1.0
+        if short.startswith(("patch_embed", "pos_embed", "cls_token")):
+            expected = 0.125
+        elif short.startswith("blocks.0."):
+            expected = 0.25
+        elif short.startswith("blocks.1."):
+            expected = 0.5
+        assert scales[id(parameter)] == expected, name
+        assert decays[id(parameter)] == (
+            0.0 if parameter.ndim == 1 or short in ("pos_embed", "cls_token") else 0.3
+        )
+    assert len(scales) == len(list(model.parameters()))
+
+
+def test_without_layer_decay_groups_are_as_they_were() -> None:
+    groups = parameter_groups(Wrapped(nn.Linear(3, 4)), "1d", 0.05)
+    assert [(group["is_decayed"], group["lr_scale"], len(group["params"])) for group in groups] == [
+        (True, 1.0, 2),
+        (False, 1.0, 2),
+    ]
+
+
+def test_layer_decay_needs_layers_that_are_known() -> None:
+    with pytest.raises(ConfigError, match="layer_decay: the layers of Linear are not known"):
+        build_optimizer(WithStudent(nn.Linear(3, 4)), OptimizerConfig(layer_decay=0.5))
