@@ -1,16 +1,20 @@
 import json
 import math
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from fdkit.errors import DataError, NumericsError
+from fdkit.errors import ConfigError, DataError, NumericsError
 from fdkit.evaluation._probe import Candidate
-from fdkit.evaluation._probe_data import CachedImages
+from fdkit.evaluation._probe_data import CachedImages, compare
+from fdkit.evaluation._reading import Part
 from fdkit.evaluation.features import Features
 from fdkit.evaluation.linear import LinearConfig, choose, evaluate, validation_split
 
@@ -246,3 +250,133 @@ def test_a_full_sweep_on_a_small_data_set_takes_seconds():
     start = time.perf_counter()
     evaluate(train, test, LinearConfig())
     assert time.perf_counter() - start < 60  # about 5 on one idle core
+
+
+def test_comparisons_in_blocks_count_every_image_once(monkeypatch):
+    monkeypatch.setattr(
+        "fdkit.evaluation._probe_data.SCORED_AT_ONCE", 20
+    )  # two images of two heads of five classes
+    train = blobs(60, noise=2.0)
+    probe = fit(train, [Candidate(0.01), Candidate(0.1)], LinearConfig(epochs=3))
+    rows = torch.randperm(60)[:37]
+    found = compare([probe], train.values, train.labels, rows)
+    for k, candidate in enumerate(probe.candidates):
+        scores = train.values[rows] @ probe.weight[k].T + probe.bias[k]
+        expected = float(F.cross_entropy(scores, train.labels[rows]))
+        assert found[candidate]["validation_loss"] == pytest.approx(expected, rel=1e-5)
+        hits = int((scores.argmax(1) == train.labels[rows]).sum())
+        assert found[candidate]["validation_top1"] == hits / 37
+
+
+def tokens(num_images: int, seed: int = 0) -> Features:
+    """Class tokens of two layers that tell nothing, and patches of the last that tell everything."""
+    clear = blobs(num_images, seed=seed, noise=0.1)
+    noise = torch.randn(num_images, 14, generator=torch.Generator().manual_seed(seed))
+    names = [(-2, "cls", 4), (-2, "patches", 4), (-1, "cls", 6), (-1, "patches", 6)]
+    parts, start = [], 0
+    for layer, token, width in names:
+        parts.append(Part(layer, token, start, start + width))
+        start += width
+    return clear._replace(values=torch.cat([noise, clear.values], dim=1), parts=tuple(parts))
+
+
+def test_the_input_that_tells_most_is_chosen_and_alone_is_the_same():
+    train, test = tokens(120), tokens(60, seed=1)
+    config = LinearConfig(epochs=10, lr=(1e-3, 1e-2), inputs=("grid",))
+    found = evaluate(train, test, config)
+    names = ["cls", "cls:2", "cls+patches", "cls:2+patches"]
+    assert [row["inputs"] for row in found["candidates"]] == [name for name in names for _ in range(2)]
+    assert found["inputs"] in names[2:]
+    assert found["top1"] > 0.85
+    for name in names:
+        alone = evaluate(train, test, config.model_copy(update={"inputs": (name,)}))
+        rows = [row for row in found["candidates"] if row["inputs"] == name]
+        for row, expected in zip(rows, alone["candidates"], strict=True):
+            assert row["validation_top1"] == expected["validation_top1"]
+            assert row["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
+    blind = [row["validation_top1"] for row in found["candidates"] if "patches" not in row["inputs"]]
+    assert max(blind) < 0.6
+
+
+def test_features_in_a_file_give_the_same_numbers(tmp_path):
+    train, test = blobs(120), blobs(40, seed=1)
+    for name, features in (("train", train), ("test", test)):
+        features.values.numpy().tofile(tmp_path / name)
+    mapped = [
+        f._replace(
+            values=torch.from_numpy(np.memmap(tmp_path / name, np.float32, "r+", shape=f.values.shape))
+        )
+        for name, f in (("train", train), ("test", test))
+    ]
+    config = LinearConfig(epochs=5)
+    assert evaluate(*mapped, config) == evaluate(train, test, config)
+
+
+MEMORY = """
+import resource, torch
+import fdkit.evaluation._probe as probe
+from fdkit.evaluation.features import Features
+from fdkit.evaluation.linear import LinearConfig, choose
+
+torch.set_num_threads(1)
+probe.READ_AT_ONCE = 1024
+values = torch.randn(1, 4096).expand(20_000, 4096)  # 328 MB if it were ever copied
+labels = torch.arange(20_000) % 2
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for normalization in ("standardize", "batch_norm", "none"):
+    config = LinearConfig(epochs=1, train_batch_size=1024, lr=(0.1,), refit=False, normalization=normalization)
+    choose(Features(values, labels, ("a", "b"), {}), config)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_features_are_never_copied_whole():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200  # a few blocks of 1024 rows, 17 MB each, some of them in float64
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"augment": "crop"}, "augment is crop, but these features are made already"),
+        (
+            {"inputs": ("cls",)},
+            "inputs cls reads cls of layer -1, which was not extracted; there is one vector",
+        ),
+        (
+            {"normalization": "batch_norm", "train_batch_size": 1},
+            "needs two images a batch: train_batch_size 1 leaves",
+        ),
+        (
+            {"normalization": "batch_norm", "train_batch_size": 53},
+            "train_batch_size 53 leaves one of 107 alone",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_features_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(blobs(107 if "53" in message else 40), blobs(9, seed=1), LinearConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"augment": "crop", "crop_scale": (0.9, 0.2)}, r"crop_scale \(0.9, 0.2\) ends below its beginning"),
+        ({"crop_boxes": "clipped"}, "crop_boxes has no effect without random crops"),
+        ({"warmup_epochs": 200}, "warmup_epochs is 200, and the probe trains for 100 epochs in all"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        LinearConfig(**fields)
+
+
+def test_one_class_and_damaged_features_are_refused():
+    train, test = blobs(40), blobs(9, seed=1)
+    with pytest.raises(DataError, match="all 40 training images are of class c3: nothing to tell apart"):
+        evaluate(train._replace(labels=torch.full((40,), 3)), test, LinearConfig())
+    damaged = train.values.clone()
+    damaged[[4, 7], 2] = float("nan")
+    with pytest.raises(NumericsError, match="2 of 40 training features are not finite, the first in row 4"):
+        evaluate(train._replace(values=damaged), test, LinearConfig())
