@@ -74,7 +74,7 @@ def negative_log_likelihood(scores: Tensor, labels: Tensor) -> float:
 def brier_score(probabilities: Tensor, labels: Tensor) -> float:
     """Mean over images of the squared distance between the probabilities and the one-hot label, in [0, 2].
 
-    probabilities: (N, C), rows sum to 1; labels: (N,) int64. Source: Brier 1950, equation 2.
+    probabilities: (N, C), rows sum to 1; labels: (N,) int64. Source: Brier 1950.
     """
     distance = probabilities.double()  # |p - e|^2 = |p|^2 - 2 p_label + 1
     own = distance.gather(1, labels[:, None])[:, 0]
