@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fdkit import __version__
 from fdkit.config import Config, Values, check_recipe, find_recipe, read_yaml, recipe_names, validate
@@ -106,8 +106,9 @@ def _dispatch(arguments: list[str]) -> int:
             did_you_mean(name, COMMANDS) or f"commands: {', '.join(COMMANDS)}",
         )
     entry = COMMANDS[name]
-    choice = _choice(name, entry, rest) if entry.choices else ""
     module = import_module(f"fdkit.commands.{name}")
+    rest = _with_implied_choice(module, rest)
+    choice = _choice(name, entry, rest) if entry.choices else ""
     kind: type[Config] = module.config_class(choice) if choice else module.config_class()
     config = _parse(kind, rest[1:] if choice else rest, name, choice)
     outcome = module.run(config)
@@ -117,6 +118,14 @@ def _dispatch(arguments: list[str]) -> int:
     else:
         outcome.show()
     return int(outcome.exit_code)
+
+
+def _with_implied_choice(module: Any, rest: list[str]) -> list[str]:
+    """The arguments with the plug-in in front that a named protocol implies, where it is left out."""
+    protocol = _value_of("--protocol", rest)
+    if protocol is None or not hasattr(module, "implied_choice") or rest[0] in module.choices():
+        return rest
+    return [module.implied_choice(protocol), *rest]
 
 
 def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:
@@ -155,7 +164,7 @@ def _parse(kind: type[Config], arguments: list[str], name: str, choice: str) -> 
     from fdkit.commands._flags import parse_flags
 
     recipe = _recipe_file(kind, arguments, name, choice)
-    values: Values = {}
+    values: Values = _pinned(kind, arguments)
     if recipe is not None:
         values = read_yaml(recipe)
         check_recipe(kind, values, str(recipe))
@@ -164,15 +173,34 @@ def _parse(kind: type[Config], arguments: list[str], name: str, choice: str) -> 
     return validate(kind, parse_flags(kind, arguments, values, f"fdkit {name} {choice}".strip()), "flags")
 
 
+def _pinned(kind: type[Config], arguments: list[str]) -> Values:
+    """The fields that a protocol named with --protocol pins, as defaults of the flags."""
+    protocol = _value_of("--protocol", arguments) if "protocol" in kind.model_fields else None
+    if protocol is None:
+        return {}
+    from fdkit.evaluation._protocols import find_protocol
+
+    return {field: value for field, value in find_protocol(protocol).fields.items() if field != "recipe"}
+
+
 def _recipe_file(kind: type[Config], arguments: list[str], name: str, choice: str) -> Path | None:
     """The recipe asked for with --recipe, or the one named after the teacher or method, if there is one."""
     if "recipe" not in kind.model_fields:
         return None
-    asked = _value_of("--recipe", arguments)
+    asked = _value_of("--recipe", arguments) or _recipe_of_protocol(kind, arguments)
     if asked is not None:
         return find_recipe(asked, name)
     named = f"{name}/{choice or _value_of('--teacher', arguments)}"
     return find_recipe(named, name) if named in recipe_names() else None
+
+
+def _recipe_of_protocol(kind: type[Config], arguments: list[str]) -> str | None:
+    protocol = _value_of("--protocol", arguments) if "protocol" in kind.model_fields else None
+    if protocol is None:
+        return None
+    from fdkit.evaluation._protocols import find_protocol
+
+    return find_protocol(protocol).choice
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

@@ -18,13 +18,35 @@ from fdkit.commands._command import (
     write_result,
 )
 from fdkit.commands._outcome import Outcome
+from fdkit.commands._published import against_published, show_protocol
 from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
+from fdkit.errors import ConfigError
+from fdkit.evaluation._protocols import Protocol, find_protocol, refuse_changes
 from fdkit.evaluation._store import default_cache
 from fdkit.evaluation._subject import Extraction, Subject
 from fdkit.training.distributed import current_world, local_device, process_group
 
 SHARED_FILES = {"features"}
+
+SETTINGS = (
+    *("classifier", "subset", "shots", "gallery", "corruption", "severity", "variant", "templates"),
+    *("k", "temperature", "lr", "weight_decay", "inputs", "C", "num_images"),
+)
+"""What a row of a result was measured with, as far as it is shown."""
+UNITLESS = ("ece", "nll")
+MEASURES = (
+    "top1",
+    "interval",
+    "top5",
+    "map",
+    "map@r",
+    "miou",
+    "pixel_accuracy",
+    "validation_top1",
+    *UNITLESS,
+)
+"""What is shown of a row; shares in [0, 1] but for the unitless."""
 
 
 class EvaluateConfig(ModelOptions, Command):
@@ -51,6 +73,8 @@ class EvaluateConfig(ModelOptions, Command):
     cache: str = "auto"
     """Folder where features are kept for the next evaluation of this model on these images; auto: the user's cache
     folder ($FDKIT_CACHE); none: they are not kept."""
+    protocol: str | None = None
+    """Measure as a published number was, by name, such as dino-knn or mocov3-linear: every setting is pinned."""
     output: Path | None = Field(default=None, exclude=True)
     """File for the result as JSON; the result of a run folder is kept in its results/ too."""
     loader: LoaderConfig = LoaderConfig()
@@ -67,6 +91,17 @@ class EvaluateConfig(ModelOptions, Command):
             loader=self.loader,
             cache=folders[self.cache] if self.cache in folders else Path(self.cache).expanduser(),
         )
+
+
+def implied_choice(protocol: str) -> str:
+    """The evaluator of a protocol. Raises ConfigError for one that is not there, or that another command runs."""
+    found = find_protocol(protocol)
+    if found.command != "evaluate":
+        raise ConfigError(
+            f"protocol {protocol} trains the whole network",
+            f"fdkit {found.command} MODEL --protocol {protocol}",
+        )
+    return found.choice
 
 
 def choices() -> list[str]:
@@ -86,11 +121,16 @@ def config_class(choice: str) -> type[Config]:
 
 def run(config: Any) -> Outcome:
     """Evaluate the model; under torchrun the processes share the work and all of them know the result."""
+    protocol = config.protocol and find_protocol(config.protocol)
+    if protocol:
+        _refuse_another(protocol, config)
     extraction = config.extraction()
     with process_group(extraction.device) as world:
         teacher = config.load(config.model, seed=config.seed)
         subject = Subject(teacher, config.data, config.split, extraction)
         numbers = measure(plugin("evaluation", config.evaluator), subject, config)
+        if protocol:
+            numbers["named_protocol"] = against_published(protocol, config.model, numbers)
         numbers["command"] = config.model_dump(mode="json")
         for path in _result_files(config) if world.is_main else []:
             write_result(path, numbers)
@@ -110,8 +150,20 @@ def evaluate(evaluator: str, model: str | Path, data: str | Path, **fields: Any)
 
     Example: fdkit.evaluate("knn", "runs/a", data="photos/", k=(10, 20))["top1"]
     """
-    values = {"model": str(model), "data": str(data), **fields}
+    protocol = fields.get("protocol")
+    pinned = dict(find_protocol(protocol).fields) if protocol else {}
+    values = {"model": str(model), "data": str(data), **pinned, **fields}
     return run(resolve(config_class(evaluator), values, "evaluate", evaluator)).numbers
+
+
+def _refuse_another(protocol: Protocol, config: Any) -> None:
+    """Raises ConfigError if the command measures otherwise than the protocol says."""
+    if implied_choice(protocol.name) != config.evaluator:
+        raise ConfigError(
+            f"protocol {protocol.name} is of the evaluator {protocol.choice}, not {config.evaluator}",
+            f"fdkit evaluate {protocol.choice} {config.model} --protocol {protocol.name}",
+        )
+    refuse_changes(protocol, config.model_dump(mode="json"))
 
 
 def _result_files(config: Any) -> list[Path]:
@@ -123,20 +175,37 @@ def _result_files(config: Any) -> list[Path]:
 
 
 def _show(config: Any, numbers: dict[str, Any]) -> None:
-    """The accuracies as a small table on standard output, of one process alone."""
+    """The result as a small table on standard output, of one process alone."""
     if not current_world().is_main:
         return
-    results = numbers.get("results", [numbers])
-    settings = [key for key in ("k", "temperature", "lr", "weight_decay") if key in results[0]]
-    metrics = [key for key in ("top1", "top5", "validation_top1") if key in results[0]]
+    results = numbers.get("results") or [numbers]
+    shown = [key for key in results[0] if key in SETTINGS or _is_measure(key)]
+    # Settings stand in front of what was measured with them.
+    columns = sorted(shown, key=_is_measure)
     title = f"{config.evaluator} of {config.model} on {config.split} of {config.data}"
     table = Table(title=title, title_justify="left")
-    for name in (*settings, *metrics):
+    for name in columns:
         table.add_column(name, justify="right")
     for result in results:
-        cells = [f"{result[key]:g}" for key in settings] + [f"{100 * result[key]:.2f} %" for key in metrics]
-        table.add_row(*cells)
+        table.add_row(*(_cell(name, result.get(name)) for name in columns))
     console = Console(markup=False, highlight=False)
     console.print(table)
+    if "named_protocol" in numbers:
+        show_protocol(numbers["named_protocol"])
     for path in _result_files(config):
         console.print(f"saved {path}")
+
+
+def _is_measure(key: str) -> bool:
+    return key in MEASURES or key.startswith("recall@")
+
+
+def _cell(name: str, value: Any) -> str:
+    """A setting as it was given, a share in percent, an interval as its two ends."""
+    if value is None:
+        return ""
+    if name == "interval":
+        return " - ".join(f"{100 * end:.1f}" for end in value) + " %"
+    if _is_measure(name):
+        return f"{value:.3f}" if name == "ece" else f"{100 * value:.2f} %"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -198,6 +198,7 @@ def record_of(source: ImageSource, kept: Tensor) -> dict[str, Any]:
         "source": source.name,
         "fingerprint": source.fingerprint,
         "num_images": len(kept),
+        "num_classes": len(class_names(source)),
         "skipped": skipped,
     }
 
