@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 
-from fdkit.commands import distill, pretrain
+from fdkit.commands import distill, finetune, pretrain
 from fdkit.config import Config, check_recipe, find_recipe, read_yaml, recipe_names, validate
 
 
 def config_of(name: str) -> type[Config]:
     if name.startswith("distill/"):
         return distill.config_class()
+    if name.startswith("finetune/"):
+        return finetune.config_class()
     return pretrain.config_class(str(read_yaml(find_recipe(name, ""))["method"]))
 
 
@@ -128,3 +130,53 @@ def test_dinos_rates_are_those_of_its_schedulers() -> None:
     optim = pretraining("dino").optim
     assert (optim.min_lr, optim.scale_min_lr, optim.warmup_reaches_peak) == (1e-6, False, True)
     assert (optim.weight_decay_end, optim.clip_grad, optim.clip_each_parameter) == (0.4, 3.0, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch_size", "peak_lr", "layer_decay", "drop_path", "warmup_epochs", "last_lr"),
+    [
+        ("fd_clip_vitb_100ep", 100, 2048, 5e-3, 0.65, 0.1, 20, 1e-6),
+        ("fd_clip_vitb", 100, 2048, 5e-3, 0.6, 0.3, 20, 1e-6),
+        ("fd_dino_vitb", 100, 2048, 6e-3, 0.6, 0.2, 20, 1e-6),
+        ("fd_deit_vitb", 100, 2048, 5e-3, 0.65, 0.3, 20, 1e-6),
+        ("fd_clip_vitl", 50, 2048, 1e-3, 0.75, 0.4, 5, 2e-6),
+        ("fd_esvit_swinb", 100, 1024, 2.5e-3, 0.8, 0.4, 20, 5e-7),
+        ("mae_vitb", 100, 1024, 2e-3, 0.65, 0.1, 5, 1e-6),
+        ("mae_vitl", 50, 1024, 4e-3, 0.75, 0.2, 5, 1e-6),
+        ("mae_vith", 50, 1024, 4e-3, 0.75, 0.3, 5, 1e-6),
+        ("mocov3_vits", 50, 344, 1e-3, None, 0.1, 1.67, 1e-5),
+        ("mocov3_vitb", 50, 344, 1e-3, None, 0.1, 1.67, 1e-5),
+        ("ft_clip_vitb", 50, 2048, 6e-4, 0.6, 0.0, 10, 1e-6),
+        ("ft_clip_vitl", 30, 2048, 4e-4, 0.65, 0.0, 5, 1e-6),
+    ],
+)
+def test_the_official_fine_tunings_hold_the_official_numbers(
+    name: str,
+    epochs: int,
+    batch_size: int,
+    peak_lr: float,
+    layer_decay: float | None,
+    drop_path: float,
+    warmup_epochs: float,
+    last_lr: float,
+) -> None:
+    from fdkit.training.schedule import build_schedule
+
+    values = {"model": "x", "data": "x", **read_yaml(find_recipe(name, "finetune"))}
+    config: Any = validate(finetune.FinetuneConfig, values, name)
+    assert (config.train.epochs, config.train.batch_size) == (epochs, batch_size)
+    assert (config.optim.layer_decay, config.supervised.drop_path) == (layer_decay, drop_path)
+    assert (config.optim.weight_decay, config.optim.decay_exempt) == (0.05, "1d+tokens")
+    schedule = build_schedule(
+        config.optim, batch_size=batch_size, steps_per_epoch=100, num_steps=100 * epochs
+    )
+    assert schedule.peak_lr == pytest.approx(peak_lr)
+    assert schedule.warmup_steps == pytest.approx(100 * warmup_epochs)
+    assert schedule.min_lr == pytest.approx(last_lr)
+    mixes = not name.startswith("ft_clip")
+    assert (config.supervised.mixup, config.supervised.cutmix) == ((0.8, 1.0) if mixes else (0, 0))
+    assert (config.supervised.label_smoothing, config.supervised.erase_probability) == (0.1, 0.25)
+    assert (config.views.randaugment, config.views.interpolation) == ("rand-m9-mstd0.5-inc1", "bicubic")
+    assert config.supervised.ema_decay == (None if mixes else 0.9998)
+    assert config.supervised.pooling == ("cls" if name.startswith("mocov3") else "patches")
+    assert config.validate_every_epochs == 0
