@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from inspect import signature
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -50,6 +49,7 @@ from fdkit.training.optimizer import (
     optimizer_tensors,
     trained_parameters,
 )
+from fdkit.training.parallel import parallel
 from fdkit.training.plan import Plan, TrainConfig, describe_plan, make_plan
 from fdkit.training.progress import Clock, Progress
 from fdkit.training.run import Run
@@ -169,21 +169,8 @@ class Trainer:
             self.optimizer, (torch.optim.AdamW, torch.optim.SGD)
         )
         self.votes = Votes(world, device, lag=1 if refuses_bad else 0)
-        self.module = self._parallel(method)
+        self.module = parallel(method, world, device, compile=train.compile)
         self._last_save = time.monotonic()
-
-    def _parallel(self, method: Method) -> nn.Module:
-        """The method as every process calls it: compiled and synchronised as asked for."""
-        if self.config.compile:
-            method.compile()
-        if self.world.size == 1:
-            return method
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        # Every process computes the same buffers; newer torch names the option that says so differently.
-        names = signature(DistributedDataParallel).parameters
-        quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, quiet: False}
-        return DistributedDataParallel(method, device_ids=devices, **options)
 
     def update(self, batch: Batch) -> list[Verdict]:
         """One optimiser update; what is known by now about this step and those before."""
