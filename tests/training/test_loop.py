@@ -545,3 +545,19 @@ def test_every_group_learns_at_its_share_of_the_schedule(
             rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
             for name, parameter in method.named_parameters():
                 assert rates[id(parameter)] == scales.get(name, 1.0) * plan.schedule(trainer.step), name
+
+
+def ranked_labelled(folder: Path, changes: dict[str, Any]) -> None:
+    with Run.create(folder, CONFIG_YAML) as run:
+        train(Labelled(), Shades(), run, **settings(train_epochs=2, optim_warmup_epochs=0.1, **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_process_gets_the_labels_of_its_own_images(tmp_path: Path) -> None:
+    ranked_labelled(tmp_path / "one", {})
+    assert exit_codes(start_ranks(2, ranked_labelled, tmp_path / "two", {"train_accumulate": 2})) == [0, 0]
+    one, two = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
+    for name in one:
+        if name.startswith("model."):
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
