@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 
-from fdkit.commands import distill, finetune, pretrain
+from fdkit.commands import distill, finetune, pretrain, segment
 from fdkit.config import Config, check_recipe, find_recipe, read_yaml, recipe_names, validate
 
 
 def config_of(name: str) -> type[Config]:
     if name.startswith("distill/"):
         return distill.config_class()
+    if name.startswith("segment/"):
+        return segment.config_class()
     if name.startswith("finetune/"):
         return finetune.config_class()
     return pretrain.config_class(str(read_yaml(find_recipe(name, ""))["method"]))

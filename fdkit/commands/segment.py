@@ -334,9 +334,8 @@ def _show(config: SegmentConfig, numbers: dict[str, Any]) -> None:
     if numbers["absent"]:
         console.print(f"in neither truth nor prediction, so in no mean: {', '.join(numbers['absent'])}")
     folder = numbers["run"]
-    console.print(
-        f"saved {folder}/results/segmentation-{config.split}.json and {folder}/figures/segmentation.png"
-    )
+    for path in (f"results/segmentation-{config.split}.json", "figures/segmentation.png"):
+        console.print(f"saved {folder}/{path}", soft_wrap=True)
 
 
 def _percent(share: float | None) -> str:

@@ -48,7 +48,8 @@ class MaskConfig(Config):
     """What the values in the masks mean."""
 
     ignore_label: tuple[Annotated[int, Field(ge=0, le=255)], ...] = (255,)
-    """Values in the files of masks whose pixels count nowhere, such as 255 or 11; several with commas between."""
+    """Values in the files of masks whose pixels count nowhere, such as 11; several with commas between. 255 never
+    counts."""
     reduce_zero_label: bool = False
     """Pixels of value 0 count nowhere, and 1, 2, ... are classes 0, 1, ...; on by itself for ADE20K's own folders."""
 
@@ -355,7 +356,7 @@ def _number_classes(table: np.ndarray, surveys: Sequence[_Survey], name: str) ->
     if len(classes) == 1:
         raise DataError(
             f"{printable(name)}: every pixel that counts is of class {classes[0]}, so there is nothing to tell apart",
-            "255 is ignored unless --ignore-label says otherwise; masks hold the numbers of classes, 0, 1, ...",
+            "masks hold the numbers of classes, 0, 1, ..., and 255 is never one",
         )
     return [str(number) for number in range(max(classes.tolist(), default=-1) + 1)]
 

@@ -21,9 +21,10 @@ from fdkit.methods._batch_norm import check_batch_norm
 from fdkit.methods._method import Duration, Method
 from fdkit.models.backbone import Backbone
 from fdkit.models.batch_norm import synchronise_batch_norm
-from fdkit.models.layers import list_layers
+from fdkit.models.layers import layer_positions, list_layers
 from fdkit.models.segmentation_heads import (
     AUXILIARY_LEVEL,
+    NUM_LEVELS,
     FCNHead,
     LinearHead,
     UPerNet,
@@ -48,6 +49,9 @@ class SegmentationConfig(Config):
     """A batch norm and a linear classifier at every place, or UPerNet: pooled context and a pyramid of four levels."""
     num_layers: int = Field(default=1, ge=1)
     """Last layers (stages of Swin, ConvNeXt, ResNet) whose tokens the linear head reads, concatenated."""
+    layers: tuple[int, ...] | None = None
+    """Layers that the head reads, from 0, or from the end if negative; left out, the last ones for the linear head,
+    and for UPerNet four evenly spaced blocks or the last four stages."""
     channels: int = Field(default=512, ge=1)
     """Channels of UPerNet's pyramid."""
     auxiliary_weight: float = Field(default=0.4, ge=0)
@@ -67,6 +71,11 @@ class SegmentationConfig(Config):
                     f"segmentation.{name} {getattr(self, name)} has no effect on the head {self.head}",
                     f"leave it out, or use --segmentation.head {'linear' if self.head == 'upernet' else 'upernet'}",
                 )
+        if self.layers is not None and self.num_layers != 1:
+            raise ConfigError(
+                f"segmentation.num_layers {self.num_layers} and layers {list(self.layers)} exclude each other",
+                "name the layers alone",
+            )
         if self.freeze and self.drop_path > 0:
             raise ConfigError(
                 f"segmentation.drop_path {self.drop_path} has no effect on a frozen backbone",
@@ -104,8 +113,9 @@ class Segmentation(Method):
         self.config = config
         self.layers = _layers(student, config)
         # A final norm fits the last stage alone, and a pyramid reads the layers as they are.
-        several_stages = has_stages(student.network) and len(self.layers) > 1
-        self.norm = config.head == "linear" and not several_stages
+        last = len(list_layers(student.network)) - 1
+        fits = not has_stages(student.network) or self.layers == [last]
+        self.norm = config.head == "linear" and fits
         widths = [list_layers(student.network)[number].width for number in self.layers]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -186,6 +196,15 @@ def pixel_accuracy(scores: Tensor, masks: Tensor) -> Tensor:
 
 def _layers(student: Backbone, config: SegmentationConfig) -> list[int]:
     """The layers the head reads, counted from 0."""
+    if config.layers is not None:
+        layers = layer_positions(student.network, config.layers, norm=False)
+        is_pyramid = config.head == "upernet"
+        if is_pyramid and (len(layers) != NUM_LEVELS or layers != sorted(set(layers))):
+            raise ConfigError(
+                f"segmentation.layers {list(config.layers)}: upernet reads {NUM_LEVELS} layers, one behind the other",
+                "leave them out for evenly spaced ones",
+            )
+        return layers
     if config.head == "upernet":
         return pyramid_layers(student.network)
     count = len(list_layers(student.network))
@@ -203,7 +222,7 @@ def _build_head(
     """The pyramid, the head and the auxiliary head; None where there is none."""
     if config.head == "linear":
         return None, LinearHead(widths, num_classes), None
-    pyramid = build_pyramid(student.network)
+    pyramid = build_pyramid(student.network, widths)
     head = UPerNet(widths, num_classes, channels=config.channels, dropout=config.dropout)
     if config.auxiliary_weight == 0:
         return pyramid, head, None

@@ -163,12 +163,9 @@ def pyramid_layers(network: nn.Module) -> list[int]:
     return [(number + 1) * count // NUM_LEVELS - 1 for number in range(NUM_LEVELS)]
 
 
-def build_pyramid(network: nn.Module) -> nn.Module:
-    """What makes four levels, the finest first, of the maps of `pyramid_layers`."""
-    layers = list_layers(network)
-    if has_stages(network):
-        return StagePyramid([layers[number].width for number in pyramid_layers(network)])
-    return BlockPyramid(layers[0].width)
+def build_pyramid(network: nn.Module, widths: Sequence[int]) -> nn.Module:
+    """What makes four levels, the finest first, of four layers' maps of these widths."""
+    return StagePyramid(widths) if has_stages(network) else BlockPyramid(widths[0])
 
 
 def conv_block(in_channels: int, out_channels: int, size: int) -> nn.Sequential:

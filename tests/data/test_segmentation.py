@@ -98,6 +98,18 @@ def test_several_values_may_be_ignored_and_the_others_keep_their_numbers(tmp_pat
     assert source.pixels.tolist() == [1, 0, 1, 1]
 
 
+def test_255_never_is_a_class(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 255, 11]], dtype=np.uint8)
+    (source,) = open_segmentation(
+        one(tmp_path, values, size=(1, 4)), ("train",), MaskConfig(ignore_label=(11,))
+    )
+    assert source.read_pixels(0)[0, :, 3].tolist() == [0, 1, 255, 255]
+    save(tmp_path / "masks" / "train" / "a.png", np.array([[0, 255, 255, 0]], dtype=np.uint8))
+    with pytest.raises(DataError, match="every pixel that counts is of class 0") as caught:
+        open_segmentation(tmp_path, ("train",))
+    assert "255 is never one" in caught.value.hint
+
+
 def test_a_palette_is_read_as_indices_and_not_as_colours(tmp_path: Path) -> None:
     palette = Image.frombytes("P", (6, 4), MASK.tobytes())
     palette.putpalette([9, 9, 9, 255, 0, 0, 0, 255, 0])
