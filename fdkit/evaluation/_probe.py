@@ -265,6 +265,7 @@ class _Heads:
         self.lr = like.new_tensor([candidate.lr * scale for candidate in candidates])
         self.decay = like.new_tensor([candidate.weight_decay for candidate in candidates])
         self.has_decay = any(candidate.weight_decay > 0 for candidate in candidates)
+        self.softmax_along_images = _softmax_along_images(like.device)
 
     def step(self, inputs: Tensor, labels: Tensor, factor: float) -> None:
         """One step on a batch of normalised features (B, D), at `factor` times the peak learning rates."""
@@ -295,15 +296,24 @@ class _Heads:
         inputs: (B, W); labels: (B,).
         """
         heads, num_classes, width = self.weight.shape
-        scores = torch.addmm(self.bias.flatten(), inputs, self.weight.view(-1, width).T)
-        error = scores.view(-1, heads, num_classes).softmax(dim=-1)
-        error.scatter_add_(
-            2, labels[:, None, None].expand(-1, heads, 1), error.new_full((len(labels), heads, 1), -1.0)
-        )
-        flat, share = error.view(len(labels), -1), 1 / len(labels)
-        by_weight = self.gradient.view(-1, width)
-        torch.addmm(by_weight, flat.T, inputs, beta=0, alpha=share, out=by_weight)
-        return self.gradient, flat.sum(dim=0).mul_(share).view(heads, num_classes)
+        error = self._errors(inputs, labels)  # (K * C, B)
+        share, by_weight = 1 / len(labels), self.gradient.view(-1, width)
+        torch.addmm(by_weight, error, inputs, beta=0, alpha=share, out=by_weight)
+        return self.gradient, error.sum(dim=1).mul_(share).view(heads, num_classes)
+
+    def _errors(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """What the scores of (B, W) are wrong by, softmax - one-hot, (K * C, B)."""
+        heads, num_classes, width = self.weight.shape
+        flat, bias, minus = self.weight.view(-1, width), self.bias.flatten(), self.weight.new_full((), -1.0)
+        if self.softmax_along_images:
+            scores = torch.addmm(bias[:, None], flat, inputs.T).view(heads, num_classes, -1)
+            error = scores.softmax(dim=1)
+            error.scatter_add_(1, labels.expand(heads, 1, -1), minus.expand(heads, 1, len(labels)))
+            return error.flatten(0, 1)
+        scores = torch.addmm(bias, inputs, flat.T).view(-1, heads, num_classes)
+        error = scores.softmax(dim=2)
+        error.scatter_add_(2, labels[:, None, None].expand(-1, heads, 1), minus.expand(len(labels), heads, 1))
+        return error.flatten(1).T
 
     def _decay_and_rescale(self, parameter: Tensor, gradient: Tensor) -> None:
         """Weight decay, of weights alone, and what LARS and LARC make of the gradient; in place.
@@ -323,6 +333,14 @@ class _Heads:
         else:
             length = slope + size * (self.decay if is_weight else 0.0) + LARC_EPSILON
         gradient.mul_(_per_head(_trust(size, slope, length), parameter))
+
+
+def _softmax_along_images(device: torch.device) -> bool:
+    """Whether images lie side by side in memory where the softmax is taken, rather than classes.
+
+    A CPU's vector instructions then take many images at a time: 16 times as fast for 10 classes.
+    """
+    return device.type == "cpu"
 
 
 def _initial_weight(num_classes: int, width: int, config: ProbeConfig) -> Tensor:

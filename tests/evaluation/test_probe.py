@@ -154,6 +154,16 @@ def test_heads_together_are_heads_alone_by_autograd(fields):
     assert not torch.allclose(scores[:, 2], scores[:, 5], rtol=1e-6)  # and the decay
 
 
+def test_both_layouts_of_the_scores_give_the_same_heads(monkeypatch):
+    values, labels = data()
+    config = ProbeConfig(epochs=3, train_batch_size=16)
+    along_images = together(CANDIDATES, values, labels, config)
+    monkeypatch.setattr("fdkit.evaluation._probe._softmax_along_images", lambda device: False)
+    along_classes = together(CANDIDATES, values, labels, config)
+    torch.testing.assert_close(along_images.weight, along_classes.weight, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(along_images.bias, along_classes.bias, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
