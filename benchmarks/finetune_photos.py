@@ -32,6 +32,7 @@ GENTLE = {
 
 def main() -> None:
     arguments = read_arguments()
+    surroundings = environment()  # as it is now: a checkout may change while this runs
     of_file = {
         "architecture": "vit_tiny_patch16_224",
         "image_size": arguments.image_size,
@@ -51,11 +52,13 @@ def main() -> None:
     }
     print("frozen", frozen, flush=True)
     record = {
-        "environment": environment(),
+        "environment": surroundings,
         "arguments": {
-            **vars(arguments),
             "model": Path(arguments.model).name,
             "data": Path(arguments.data).name,
+            "image_size": arguments.image_size,
+            "epochs": arguments.epochs,
+            "seed": arguments.seed,
         },
         "frozen": frozen,
         "arms": arms,

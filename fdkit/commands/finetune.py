@@ -136,6 +136,8 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
         if config.pretrained:
             announce_terms([teacher])
             run.update(**teacher_facts([teacher]))
+        else:
+            _warn_from_scratch(config)
         method = build_method(config, teacher, images.classes)
         try:
             train(
@@ -168,6 +170,16 @@ def load(config: FinetuneConfig) -> Teacher:
 def _is_named(model: str) -> bool:
     """Whether a model's network can be built from its name alone, without fetching its weights."""
     return model in CATALOG or model.partition(":")[0] in ("timm", "open_clip")
+
+
+def _warn_from_scratch(config: FinetuneConfig) -> None:
+    """Layer decay spares weights that are good already, and random ones would stay random."""
+    if config.optim.layer_decay not in (None, 1) and current_world().is_main:
+        log.warning(
+            "from scratch with optim.layer_decay %g: the first layers hardly learn; --optim.layer-decay None for all "
+            "at one rate",
+            config.optim.layer_decay,
+        )
 
 
 def build_method(config: FinetuneConfig, teacher: Teacher, classes: tuple[str, ...]) -> Supervised:

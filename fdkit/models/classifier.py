@@ -96,6 +96,12 @@ def _end(backbone: Backbone, pooling: Pooling) -> dict[str, Any]:
     if kind is None:
         return {}
     is_mean = pooling == "patches"
+    if is_mean and hasattr(backbone.network, "head_dist"):
+        raise ConfigError(
+            f"supervised.pooling patches: {backbone.recipe['architecture']} has heads on its class and distillation "
+            "tokens",
+            "use --supervised.pooling cls",
+        )
     return {"global_pool": "avg" if is_mean else "token", name_of_norm[kind]: is_mean}
 
 

@@ -90,6 +90,6 @@ def _timm_layers(network: nn.Module) -> tuple[dict[str, int], int]:
     if len(set(ids.values())) < 2:
         raise ConfigError(
             f"optim.layer_decay: the layers of {type(network).__name__} are not known",
-            "leave it out: one learning rate for all layers",
+            "use --optim.layer-decay None, one learning rate for all layers",
         )
     return ids, max(ids.values())

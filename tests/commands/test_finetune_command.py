@@ -203,6 +203,22 @@ def test_from_scratch_is_the_same_network_without_its_weights_and_its_licence(
         assert not torch.allclose(states[False][key], before[key], atol=1e-3)
 
 
+def test_from_scratch_with_layer_decay_is_warned_of(
+    vit: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = FAST | {
+        "train": {"batch_size": 8, "epochs": 0.006},
+        "validate_every_epochs": 0,
+        "pretrained": False,
+    }
+    caplog.set_level(logging.WARNING, logger="fdkit")
+    fdkit.finetune(vit, "digits", **short, output=tmp_path / "decayed")
+    assert "from scratch with optim.layer_decay 0.65: the first layers hardly learn" in caplog.text
+    caplog.clear()
+    fdkit.finetune(vit, "digits", **short | {"optim": {"layer_decay": None}}, output=tmp_path / "even")
+    assert "layer_decay" not in caplog.text
+
+
 def test_a_named_network_is_built_from_scratch_without_its_weights(tmp_path: Path) -> None:
     fields = FAST | {"train": {"batch_size": 4, "epochs": 0.004}, "validate_every_epochs": 0}
     numbers = fdkit.finetune("timm:vit_tiny_patch16_224", "digits", **fields, image_size=32, pretrained=False,

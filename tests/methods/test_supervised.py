@@ -211,6 +211,39 @@ def test_an_average_over_more_steps_than_there_are_is_said_to_be(caplog: pytest.
     assert not caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        (
+            "swinv2_tiny_window8_256",
+            {
+                "img_size": 16,
+                "patch_size": 2,
+                "embed_dim": 8,
+                "num_heads": [2, 4],
+                "window_size": 4,
+                "depths": [1, 2],
+            },
+        ),
+        ("convnext_atto", {"img_size": 32, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}),
+        ("resnet10t", {"img_size": 32, "channels": [8, 8, 16, 16], "stem_width": 4}),
+    ],
+)
+def test_other_kinds_of_networks_learn_too(name: str, args: dict[str, Any]) -> None:
+    made, (images, labels) = method(name, args, mixup=0.8, cutmix=1.0, erase_probability=0.5), batch()
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    losses = []
+    for step in range(12):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        made([images], 0.0, labels)["loss"].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in made.student.network.parameters())
+        optimizer.step()
+        with torch.no_grad():
+            losses.append(made.classify(images, torch.eye(3)[labels])["loss"].item())
+    assert losses[-1] < losses[0]
+
+
 def test_the_gradient_reaches_every_parameter() -> None:
     made, (images, labels) = method(), batch()
     made([images], 0.0, labels)["loss"].backward()

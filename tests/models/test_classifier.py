@@ -134,6 +134,14 @@ def test_other_networks_keep_all_they_have_and_pool_as_in_timm(name: str, args: 
     torch.testing.assert_close(made.logits(images(32)), head(pooled), rtol=1e-4, atol=1e-5)
 
 
+def test_attention_pooling_is_left_out_with_the_rest_of_the_old_end() -> None:
+    before = pretrained("vit_base_patch16_siglip_224", SMALL)
+    assert any(key.startswith("attn_pool.") for key in before.network.state_dict())
+    made = build_classifier(before, CLASSES)
+    assert not any(key.startswith("attn_pool.") for key in made.network.state_dict())
+    assert torch.equal(made.network.blocks[1].mlp.fc2.weight, before.network.blocks[1].mlp.fc2.weight)  # type: ignore[union-attr,index]
+
+
 def test_a_network_without_a_final_norm_gets_one() -> None:
     args = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "img_size": 32, "final_norm": False}
     made = build_classifier(pretrained("convnextv2_atto", args), CLASSES)
@@ -213,6 +221,10 @@ def test_what_cannot_be_a_classifier_is_refused() -> None:
     with pytest.raises(ConfigError, match="drop_path_rate") as caught:
         build_classifier(build_timm("vgg11", {}), CLASSES, drop_path=0.1)
     assert "drop-path 0" in caught.value.hint
+    with pytest.raises(
+        ConfigError, match="pooling patches: deit_tiny_distilled_patch16_224 has heads on its class"
+    ):
+        build_classifier(pretrained("deit_tiny_distilled_patch16_224", SMALL), CLASSES)
     with pytest.raises(ConfigError, match="Identity has no linear classifier"):
         head_of(nn.Identity())
 
