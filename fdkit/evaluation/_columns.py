@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fdkit.errors import ConfigError
-from fdkit.evaluation._reading import Part
+from fdkit.evaluation._reading import TOKENS, Part
 
 Columns = slice | Tensor
 """Of (N, D) features: a slice, or positions (W,) int64."""
@@ -53,10 +53,10 @@ def _columns(name: str, parts: Sequence[Part], like: Tensor) -> Columns:
 def _parts(name: str, word: str, parts: Sequence[Part]) -> list[Part]:
     """The parts that one word of an input's name means, layer by layer, deepest last."""
     token, colon, number = word.partition(":")
-    if not token or (colon and not (number.isdecimal() and int(number) > 0)):
+    if token not in TOKENS or (colon and not (number.isdecimal() and int(number) > 0)):
         raise ConfigError(
             f"inputs {name}: {word!r} is no input",
-            "use all, grid, or tokens such as cls, cls:4 or cls+patches",
+            "name all, grid, or tokens such as cls, cls:4 and cls+patches, with spaces between inputs",
         )
     layers = range(-int(number or 1), 0)
     by_place = {(part.layer, part.token): part for part in parts}

@@ -47,6 +47,7 @@ def test_the_grid_is_that_of_dinov2_over_the_layers_read():
         ),
         (["cls:3"], "inputs cls:3 reads cls of layer -3, which was not extracted"),
         (["cls+registers:2"], r"inputs cls\+registers:2 reads registers of layer -2"),
+        (["cls,patches"], "inputs cls,patches: 'cls,patches' is no input"),
         (["cls:0"], "inputs cls:0: 'cls:0' is no input"),
         (["cls:"], "inputs cls:: 'cls:' is no input"),
         (["cls:two"], "'cls:two' is no input"),
