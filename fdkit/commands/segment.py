@@ -28,13 +28,20 @@ from fdkit.data.segmentation_views import (
     window_starts,
 )
 from fdkit.data.sources import BadImage
-from fdkit.errors import ConfigError
-from fdkit.evaluation._segmentation import confusion_matrix, measure, predict_image, scores_of
+from fdkit.errors import ConfigError, DataError
+from fdkit.evaluation._segmentation import (
+    Measured,
+    combined,
+    confusion_matrix,
+    measure,
+    predict_image,
+    scores_of,
+)
 from fdkit.methods._method import Method
 from fdkit.methods.segmentation import Segmentation, SegmentationConfig
 from fdkit.report.segmentation_figure import SegmentedImage, segmentation_figure
 from fdkit.teachers.teacher import Teacher, short_names
-from fdkit.training.distributed import current_world, local_device, process_group, wait_for_all
+from fdkit.training.distributed import World, current_world, gather, local_device, process_group, wait_for_all
 from fdkit.training.loop import Monitor, TrainConfig, train
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.plan import choose_precision
@@ -154,8 +161,9 @@ def run(config: SegmentConfig, *, handle_signals: bool = True) -> Outcome:
         finally:
             save_curves(run)
         numbers: dict[str, Any] = {"run": str(folder)}
+        found = tester.measure(world)
         if world.is_main:
-            numbers |= tester.result(teacher, training)
+            numbers |= tester.result(found, teacher, training)
             write_result(folder / "results" / f"segmentation-{config.split}.json", numbers)
             draw(tester, folder / "figures" / "segmentation.png", miou=numbers["miou"])
         wait_for_all(world)
@@ -211,12 +219,20 @@ class Tester:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.method.scores(windows)
 
-    def result(self, teacher: Teacher, training: SegmentationSource) -> dict[str, Any]:
-        """The numbers of the whole split, and where they come from, as plain JSON."""
+    def measure(self, world: World) -> Measured:
+        """The confusion of the whole split, of which each process does a share; all of them call this."""
         self.method.eval()
-        found = measure(
-            self.score, self.source, short_side=self.short_side, loader=self.config.loader, device=self.device
+        share = self.source.part(world.rank, world.size)
+        own = measure(
+            self.score, share, short_side=self.short_side, loader=self.config.loader, device=self.device
         )
+        found = combined(gather(own, world))
+        if found.num_images == 0:
+            raise DataError(f"no image of the split {self.config.split} of {self.source.name} could be read")
+        return found
+
+    def result(self, found: Measured, teacher: Teacher, training: SegmentationSource) -> dict[str, Any]:
+        """The numbers, and where they come from, as plain JSON."""
         data = {
             "split": self.config.split,
             "fingerprint": self.source.fingerprint,

@@ -5,6 +5,7 @@ image and its mask have the same name but for the ending. ADE20K's own folders (
 are known too. Masks are files of 8 bits a pixel, with or without a palette.
 """
 
+import copy
 import csv
 import hashlib
 import json
@@ -82,6 +83,15 @@ class SegmentationSource:
             name = path.relative_to(self._files.root).as_posix()
             digest.update(os.fsencode(name) + b"\0%d\n" % size)
         return digest.hexdigest()
+
+    def part(self, number: int, count: int) -> "SegmentationSource":
+        """The images number, number + count, ... as a source of their own, whose `pixels` are those of the whole."""
+        files = self._files._replace(
+            images=self._files.images[number::count], masks=self._files.masks[number::count]
+        )
+        other = copy.copy(self)
+        other._files = files
+        return other
 
     def __len__(self) -> int:
         return len(self._files.images)

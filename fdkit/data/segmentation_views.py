@@ -15,8 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fdkit.config import Config
+from fdkit.data import colour as colour_ops
+from fdkit.data.colour import ColourStrengths
 from fdkit.data.segmentation import IGNORED
-from fdkit.data.views import Pixels, Sample, Share
+from fdkit.data.views import Pixels, Sample, Share, Strength
 from fdkit.errors import ConfigError
 
 NUM_TRIES = 10
@@ -36,14 +38,24 @@ class SegmentationCropConfig(Config):
     """Squares in which one class has a larger share of the pixels that count are drawn again, ten times at most."""
     flip: bool = True
     """Mirror left and right in half of the views."""
+    brightness: Strength = 0
+    """Brightness factors are drawn from [1 - this, 1 + this]; 0 switches it off."""
+    contrast: Strength = 0
+    """Contrast factors are drawn from [1 - this, 1 + this]; 0 switches it off."""
+    saturation: Strength = 0
+    """Saturation factors are drawn from [1 - this, 1 + this]; 0 switches it off."""
+    hue: float = Field(default=0, ge=0, le=0.5)
+    """Hue shifts are drawn from [-this, this], in full turns; 0 switches it off."""
 
 
 class SegmentationCrop:
     """A random square of the image and the same of its mask, as two views.
 
     The image is resized so that its shorter side is short_side times a factor uniform in [min_scale, max_scale], and
-    a square is cut out at a uniform place; what lies beyond the image is black, and ignored in the mask.
-    Source: the training pipeline of mmsegmentation, as DINOv2, BEiT and MAE use it, without changes of colour.
+    a square is cut out at a uniform place; what lies beyond the image is black, and ignored in the mask. Colours are
+    changed on the device, if at all.
+    Source: the training pipeline of mmsegmentation, as DINOv2, BEiT and MAE use it; its brightness is a shift, and
+    each of its changes of colour happens in half of the views.
     """
 
     num_views = 2
@@ -61,6 +73,8 @@ class SegmentationCrop:
             )
         self.image_size = image_size
         self.short_side = config.short_side or image_size
+        parts = {name: getattr(config, name) for name in ("brightness", "contrast", "saturation", "hue")}
+        self.strengths = ColourStrengths(**parts, jitter_probability=float(any(parts.values())))
 
     def __call__(self, image: Pixels, random: np.random.Generator) -> Sample:
         """The image uint8 (3, S, S) and the mask uint8 (1, S, S)."""
@@ -76,7 +90,9 @@ class SegmentationCrop:
         views = [F.pad(view, padding, value=fill) for view, fill in zip(views, (0, IGNORED), strict=True)]
         if self.config.flip and random.random() < 0.5:
             views = [view.flip(-1) for view in views]
-        return Sample([view.contiguous() for view in views], [])
+        changes = self.strengths.jitter_probability > 0
+        colour = [colour_ops.draw(self.strengths, random)] if changes else []
+        return Sample([view.contiguous() for view in views], colour)
 
     def _draw(self, pixels: Tensor, side: float, random: np.random.Generator) -> Tensor:
         """A random square of this side, or as much of one as there is; again if one class fills it."""
@@ -90,9 +106,14 @@ class SegmentationCrop:
                 break
         return part
 
+    @torch.no_grad()
     def finish(self, crops: list[Tensor], colour: list[Tensor]) -> list[Tensor]:
         """Images (B, 3, S, S) float32 in [0, 1], and classes (B, S, S) int64 with IGNORED where nothing counts."""
-        return finish(crops)
+        images, masks = finish(crops)
+        for parameters in colour:
+            with torch.autocast(images.device.type, enabled=False):
+                images = colour_ops.apply(images, parameters, self.strengths)
+        return [images, masks]
 
 
 class WholeImage:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.segmentation import IGNORED, SegmentationSource
 from fdkit.data.segmentation_views import WholeImage, finish
-from fdkit.errors import DataError, NumericsError
+from fdkit.errors import NumericsError
 from fdkit.evaluation._metrics import Metrics
 
 
@@ -23,6 +23,15 @@ class Measured(NamedTuple):
     num_images: int
     skipped: list[str]
     """Images that could not be read."""
+
+
+def combined(parts: Sequence[Measured]) -> Measured:
+    """What several processes found, each in its part of a split, as one."""
+    return Measured(
+        torch.stack([part.confusion for part in parts]).sum(dim=0),
+        sum(part.num_images for part in parts),
+        sorted(name for part in parts for name in part.skipped),
+    )
 
 
 def measure(
@@ -37,7 +46,7 @@ def measure(
 
     score: maps an image (3, h, w) in [0, 1] on the device to scores (K, r, c), which are resized bilinearly to the
     mask; called without gradient. short_side: of the images, in pixels.
-    Raises DataError if no image can be read, NumericsError for scores that are not finite.
+    Raises DataError if the loader finds too many images unreadable, NumericsError for scores that are not finite.
     """
     num_classes = len(source.classes)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
@@ -48,8 +57,6 @@ def measure(
         predicted = predict(score, images[0], masks.shape[-2:], name=source.describe(int(batch.indices[0])))
         confusion += confusion_matrix(predicted, masks[0], num_classes)
         kept += batch.indices.tolist()
-    if not kept:
-        raise DataError(f"no image of {source.name} could be read")
     skipped = [source.describe(index) for index in sorted(set(range(len(source))) - set(kept))]
     return Measured(confusion.cpu(), len(kept), skipped)
 

@@ -142,6 +142,26 @@ def test_the_whole_image_keeps_its_shape(tmp_path: Path) -> None:
         assert np.array_equal(masks[0].numpy(), source.read_pixels(int(batch.indices[0]))[..., 3].numpy())
 
 
+def test_colours_change_on_the_device_and_masks_do_not(tmp_path: Path) -> None:
+    (source,) = open_segmentation(write_scenes(tmp_path), ("train",))
+    plain = SegmentationCrop(SegmentationCropConfig(), 16)
+    coloured = SegmentationCrop(SegmentationCropConfig(brightness=0.5, hue=0.1), 16)
+    found = []
+    for views in (plain, coloured):
+        batches = training_batches(
+            source, views, LoaderConfig(), batch_size=4, seed=3, start_step=0, num_steps=1
+        )
+        (batch,) = batches
+        assert len(batch.colour) == (views is coloured)
+        found.append((views.finish(batch.crops, batch.colour), batch.crops[0]))
+    (before, crops), (after, same_crops) = found
+    assert torch.equal(crops, same_crops), "the same squares, whatever becomes of their colours"
+    assert torch.equal(before[1], after[1])
+    assert not torch.allclose(before[0], after[0], atol=0.05)
+    assert after[0].min() >= 0
+    assert after[0].max() <= 1
+
+
 def test_scales_that_end_before_they_begin_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"views\.max_scale 0\.5 is smaller than views\.min_scale 1\.0"):
         SegmentationCrop(SegmentationCropConfig(min_scale=1.0, max_scale=0.5), 16)

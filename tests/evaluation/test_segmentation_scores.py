@@ -9,7 +9,14 @@ from torch import Tensor
 
 from fdkit.data.segmentation import IGNORED, open_segmentation
 from fdkit.errors import DataError, NumericsError
-from fdkit.evaluation._segmentation import confusion_matrix, measure, predict, predict_image, scores_of
+from fdkit.evaluation._segmentation import (
+    combined,
+    confusion_matrix,
+    measure,
+    predict,
+    predict_image,
+    scores_of,
+)
 from tests.segmentation_folders import COLOURS, scene, write_scenes
 
 NAMES = tuple("abcde")
@@ -141,5 +148,18 @@ def test_an_unreadable_image_is_left_out_and_named(tmp_path: Path) -> None:
     assert [Path(name).name for name in found.skipped] == ["001.png"]
     for index in (0, 2):
         (tmp_path / "images" / "test" / f"00{index}.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"unreadable|could be read"):
+    with pytest.raises(DataError, match="2 of 3 images are unreadable"):
         measure(by_colour, source, short_side=24)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_shares_of_a_split_together_are_the_split(tmp_path: Path, count: int) -> None:
+    (source,) = open_segmentation(write_scenes(tmp_path), ("test",))
+    parts = [source.part(number, count) for number in range(count)]
+    assert sum(len(part) for part in parts) == len(source) == 3
+    whole = measure(by_colour, source, short_side=12)
+    found = combined([measure(by_colour, part, short_side=12) for part in parts])
+    assert torch.equal(found.confusion, whole.confusion)
+    assert (found.num_images, found.skipped) == (3, [])
+    assert parts[1].classes == source.classes
+    assert parts[1].describe(0) == source.describe(1)
