@@ -298,7 +298,7 @@ class _Heads:
         heads, num_classes, width = self.weight.shape
         error = self._errors(inputs, labels)  # (K * C, B)
         share, by_weight = 1 / len(labels), self.gradient.view(-1, width)
-        torch.addmm(by_weight, error, inputs, beta=0, alpha=share, out=by_weight)
+        by_weight.addmm_(error, inputs, beta=0, alpha=share)
         return self.gradient, error.sum(dim=1).mul_(share).view(heads, num_classes)
 
     def _errors(self, inputs: Tensor, labels: Tensor) -> Tensor:

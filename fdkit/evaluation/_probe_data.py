@@ -85,16 +85,17 @@ class CachedImages:
 
     def fit(self, candidates: Sequence[Candidate], rows: Tensor) -> list[Probe]:
         """A classifier for every candidate, trained on the features at `rows`, batch by batch."""
-        values = self.train.values
+        values, config = self.train.values, self.config
+        steps_per_epoch = -(-len(rows) // config.train_batch_size)
         return train_heads(
-            self._batches(rows),
+            _reported(self._batches(rows), config.epochs * steps_per_epoch),
             candidates,
             columns=self.columns,
             num_classes=len(self.classes),
-            normalizer=_normalizer(self.config, values, rows),
-            steps_per_epoch=-(-len(rows) // self.config.train_batch_size),
+            normalizer=_normalizer(config, values, rows),
+            steps_per_epoch=steps_per_epoch,
             like=values[:0],
-            config=self.config,
+            config=config,
         )
 
     def compare(self, probes: Sequence[Probe], rows: Tensor) -> dict[Candidate, Comparison]:
