@@ -180,8 +180,9 @@ def build_method(config: SegmentConfig, teacher: Teacher, *, num_classes: int) -
         and teacher.is_noncommercial
     ):
         log.warning("non-commercial: the trained network comes from %s (%s)", teacher.name, teacher.license)
-    window_starts(backbone.image_size, backbone.image_size, stride_of(config, backbone.image_size))
-    views = SegmentationCrop(config.views, backbone.image_size)
+    size = backbone.image_size
+    window_starts(size, size, stride_of(config, size))  # refuses a stride that leaves gaps, before training
+    views = SegmentationCrop(config.views, size)
     return Segmentation(backbone, views, config.segmentation, num_classes=num_classes, seed=config.seed)
 
 
@@ -326,7 +327,7 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def _show(config: SegmentConfig, numbers: dict[str, Any]) -> None:
-    """MIoU and the classes as a small table on standard output."""
+    """The mIoU and the classes as a small table on standard output."""
     if "miou" not in numbers:
         return
     backbone = f"{'frozen' if config.segmentation.freeze else 'trained'} {short_names([config.model])[0]}"

@@ -76,7 +76,7 @@ def measure(subject: Subject, config: PatchKNNConfig) -> Metrics:
         )
     size = subject.teacher.image_size
     short_side, stride = config.short_side or size, config.stride or max(1, round(size * STRIDE_RATIO))
-    window_starts(size, size, stride)
+    window_starts(size, size, stride)  # refuses a stride that leaves gaps, before features are made
     training, tested = open_segmentation(subject.data, ("train", subject.split), config)
     memory = fill_memory(subject, training, config, short_side=short_side)
 

@@ -89,6 +89,13 @@ def test_zero_is_ignored_elsewhere_where_it_is_asked_for(tmp_path: Path) -> None
     assert source.classes == ("0", "1")
 
 
+def test_ignored_values_are_those_in_the_file_whatever_zero_means(tmp_path: Path) -> None:
+    config = MaskConfig(reduce_zero_label=True, ignore_label=(2,))
+    root = one(tmp_path, np.array([[0, 1, 2, 3]], dtype=np.uint8), size=(1, 4))
+    (source,) = open_segmentation(root, ("train",), config)
+    assert source.read_pixels(0)[0, :, 3].tolist() == [255, 0, 255, 2]
+
+
 def test_several_values_may_be_ignored_and_the_others_keep_their_numbers(tmp_path: Path) -> None:
     values = np.array([[0, 1, 2, 3, 11, 200]], dtype=np.uint8)
     root = one(tmp_path, values, size=(1, 6))

@@ -16,7 +16,7 @@ from fdkit.methods._method import Duration
 from fdkit.methods.segmentation import Segmentation, SegmentationConfig, pixel_accuracy, pixel_loss
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import build_timm
-from fdkit.models.segmentation_heads import token_map
+from fdkit.models.segmentation_heads import resize, token_map
 
 SIZE, CLASSES = 32, 3
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -139,6 +139,10 @@ def test_upernets_loss_is_that_of_both_heads_and_dropout_is_drawn_from_the_globa
     main = alone(batch(), 0.0)["loss"]
     torch.testing.assert_close(scalars["loss"], main + 0.4 * scalars["auxiliary_loss"])
     assert build(head="upernet", auxiliary_weight=0).auxiliary is None
+    images, masks = batch()
+    third = method.eval()._levels(images)[2]  # of four, as in BEiT and Swin
+    expected = pixel_loss(resize(method.auxiliary(third), masks.shape[-2:]), masks)
+    torch.testing.assert_close(method([images, masks], 0.0)["auxiliary_loss"], expected)
     method = build(head="upernet", dropout=0.5)
     losses = []
     for seed in (1, 1, 2):
