@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -124,30 +125,37 @@ def choose(train: Features, config: LogisticConfig) -> Choice:
     """
     if len(config.c) == 1:
         return Choice(config.c[0], [], 0)
-    hits, losses, fits = [], [], []
+    totals, num_validation = torch.zeros(len(config.c), 2, dtype=torch.float64), 0
+    fits: list[list[Fit]] = []
     for fit_rows, held_rows in _parts(train.labels, config):
         path = _fits(train.values[fit_rows], train.labels[fit_rows], config.c, len(train.classes), config)
         held, labels = train.values[held_rows], train.labels[held_rows]
-        scores = torch.stack([fit.scores(held) for fit in path])  # (K, N, C)
-        hits.append(torch.stack([rank_of_label(part, labels) == 0 for part in scores]))
-        every = torch.arange(len(labels), device=labels.device)
-        losses.append(-scores.log_softmax(dim=2)[:, every, labels])
+        totals += torch.stack([_hits_and_loss(fit.scores(held), labels) for fit in path])
+        num_validation += len(labels)
         fits.append(path)
-    top1, loss = torch.cat(hits, dim=1).double().mean(dim=1), torch.cat(losses, dim=1).mean(dim=1)
+    means = (totals / num_validation).tolist()
     table = [
         {
             "c": c,
-            "validation_top1": float(top1[k]),
-            "validation_loss": float(loss[k]),
+            "validation_top1": top1,
+            "validation_loss": loss,
             "iterations": max(path[k].iterations for path in fits),
             "converged": all(path[k].converged for path in fits),
         }
-        for k, c in enumerate(config.c)
+        for k, (c, (top1, loss)) in enumerate(zip(config.c, means, strict=True))
     ]
     best = min(table, key=lambda row: (-row["validation_top1"], row["validation_loss"], row["c"]))
     if len(config.c) > 2 and best["c"] in (min(config.c), max(config.c)):
         log.warning("the best C %g is the edge of those tried: a wider range may do better", best["c"])
-    return Choice(best["c"], table, sum(part.shape[1] for part in hits))
+    return Choice(best["c"], table, num_validation)
+
+
+def _hits_and_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many of the scores (N, C) are right, and the sum of their cross-entropies; (2,) float64 on the CPU."""
+    hits = (rank_of_label(scores, labels) == 0).sum()
+    return torch.tensor(
+        [float(hits), float(F.cross_entropy(scores, labels, reduction="sum"))], dtype=torch.float64
+    )
 
 
 def _parts(labels: Tensor, config: LogisticConfig) -> Iterator[tuple[Tensor, Tensor]]:
