@@ -34,7 +34,11 @@ from fdkit.models.student import StudentConfig, build_student
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.optimizer import OptimizerConfig, build_optimizer
 
-MODELS = {"tiny": "vit_tiny_patch16_224", "base": "vit_base_patch16_224"}
+MODELS = {
+    "tiny": "vit_tiny_patch16_224",
+    "base": "vit_base_patch16_224",
+    "large": "vit_large_patch14_224",
+}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OPTIM = OptimizerConfig(lr=1e-4)

@@ -127,9 +127,11 @@ class FeatureStore:
         if rank() == 0:
             size = self.num_images * self.width * 4
             paths = {self.folder / "values.f32": size, self.folder / "done.u8": self.num_images}
-            is_whole = all(path.exists() and path.stat().st_size == wanted for path, wanted in paths.items())
-            (self.folder / "features.json").unlink(missing_ok=True)
-            if not is_whole:
+            record = self.folder / "features.json"
+            goes_on = all(path.exists() and path.stat().st_size == wanted for path, wanted in paths.items())
+            goes_on = goes_on and not record.exists()  # what was finished and cannot be read is damaged
+            record.unlink(missing_ok=True)
+            if not goes_on:
                 if shutil.disk_usage(self.folder).free < size:
                     raise ResourceError(
                         f"{self.folder}: {size / 1e9:.1f} GB of features do not fit on its disk",
