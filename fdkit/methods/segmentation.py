@@ -21,6 +21,7 @@ from fdkit.methods._batch_norm import check_batch_norm
 from fdkit.methods._method import Duration, Method
 from fdkit.models.backbone import Backbone
 from fdkit.models.batch_norm import synchronise_batch_norm
+from fdkit.models.collectives import mean_over_ranks
 from fdkit.models.layers import layer_positions, list_layers
 from fdkit.models.segmentation_heads import (
     AUXILIARY_LEVEL,
@@ -183,15 +184,28 @@ class Segmentation(Method):
 
 
 def pixel_loss(scores: Tensor, masks: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of scores (B, K, H, W) over the pixels of masks (B, H, W) that count; 0 if none."""
+    """Mean cross-entropy, in nats, of scores (B, K, H, W) over the pixels of masks (B, H, W) that count; 0 if none.
+
+    Of several processes, each divides by the mean count of all, so that the mean of their losses is that over all
+    pixels, wherever they lie.
+    """
     total = F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum")
-    return total / (masks != IGNORED).sum().clamp_min(1)
+    return total / _mean_count(masks).to(total.dtype)
 
 
 def pixel_accuracy(scores: Tensor, masks: Tensor) -> Tensor:
-    """Share of the pixels of masks (B, H, W) that count whose class has the highest of the scores (B, K, H, W)."""
-    counts = masks != IGNORED
-    return ((scores.argmax(dim=1) == masks) & counts).sum() / counts.sum().clamp_min(1)
+    """Share of the pixels of masks (B, H, W) that count whose class has the highest of the scores (B, K, H, W).
+
+    Of several processes, the mean of what they get is the share of all pixels.
+    """
+    right = (scores.argmax(dim=1) == masks) & (masks != IGNORED)
+    return right.sum() / _mean_count(masks)
+
+
+def _mean_count(masks: Tensor) -> Tensor:
+    """Pixels that count, float64, averaged over the processes; never 0, so that nothing is divided by it."""
+    count = mean_over_ranks((masks != IGNORED).sum().double())
+    return count.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _layers(student: Backbone, config: SegmentationConfig) -> list[int]:
