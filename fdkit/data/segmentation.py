@@ -40,6 +40,8 @@ SPLIT_FOLDERS = {
 """The folders a split may be, the first that is there; any other split is the folder of its name."""
 CLASS_FILES = ("classes.txt", "classes.json", "objectInfo150.txt")
 LAYOUTS = "images/train with masks/train, train/images with train/masks, or images/ with masks/"
+MANY_MASKS = 5000
+"""Masks that take so long to look through that it is said."""
 _MAX_THREADS = 8
 _ORIENTATION_TAG = 0x0112
 _FIRST_TURNED = 5  # EXIF orientations from here swap height and width
@@ -131,6 +133,9 @@ def open_segmentation(
         raise DataError(f"{printable(name)}: {there} of images and masks", f"it holds {LAYOUTS}")
     listings = [_list_split(name, root, split) for split in splits]
     table = _class_table(config, reduces_zero=any(files.is_ade20k for files in listings))
+    num_masks = sum(len(files.masks) for files in listings)
+    if num_masks > MANY_MASKS:
+        log.info("%s: looking through %s masks", printable(name), f"{num_masks:,}")
     surveys = [_survey(files) for files in listings]
     classes = _read_classes(root, table) or _number_classes(table, surveys, name)
     sources = []
@@ -235,14 +240,18 @@ def _split_folders(root: Path) -> Iterator[Path]:
 
 
 def _by_stem(folder: Path, extensions: tuple[str, ...]) -> dict[str, Path]:
-    """Files below a folder, sorted, by their path in it without the ending; hidden ones are left out."""
+    """Files below a folder, sorted, by their path in it without the ending.
+
+    Hidden ones are left out; links are followed, but no folder is entered twice.
+    """
     found: dict[str, Path] = {}
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith(".") or not name.lower().endswith(extensions):
-                continue
-            path = Path(where, name)
+    entered: set[str] = set()
+    for where, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(where)
+        folders[:] = [] if real in entered else sorted(name for name in folders if not name.startswith("."))
+        kept = [] if real in entered else [name for name in names if _is_kept(name, extensions)]
+        entered.add(real)
+        for path in (Path(where, name) for name in kept):
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in found:
                 raise DataError(
@@ -251,6 +260,14 @@ def _by_stem(folder: Path, extensions: tuple[str, ...]) -> dict[str, Path]:
                 )
             found[stem] = path
     return dict(sorted(found.items()))
+
+
+def _is_kept(name: str, extensions: tuple[str, ...]) -> bool:
+    return not name.startswith(".") and name.lower().endswith(extensions)
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{printable(str(error.filename))}: this folder may not be read") from error
 
 
 def _class_table(config: MaskConfig, *, reduces_zero: bool) -> np.ndarray:

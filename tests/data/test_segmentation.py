@@ -176,6 +176,19 @@ def test_an_unreadable_file_is_left_to_the_loader(tmp_path: Path) -> None:
             source.read_pixels(index)
 
 
+def test_hidden_files_are_left_out_and_links_are_followed_once(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "there", counts={"train": 2})
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train").symlink_to(tmp_path / "there" / kind / "train")
+        (tmp_path / "there" / kind / "train" / "loop").symlink_to(tmp_path / kind / "train")
+    save(tmp_path / "images" / "train" / "._000.png", np.zeros((2, 2, 3), dtype=np.uint8))
+    (source,) = open_segmentation(tmp_path, ("train",))
+    assert len(source) == 2
+    assert len(source.fingerprint) == 64
+
+
 RGB = np.zeros((4, 6, 3), dtype=np.uint8)
 
 
