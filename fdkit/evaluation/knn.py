@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour accuracy of frozen features: nothing to train, only k and a temperature to set.
 
 Features are scaled to unit length; the k most similar training images vote for their class with weight
-exp(cosine similarity / temperature). All k and temperatures asked for come from one search of the largest k,
+exp(cosine similarity / temperature). All k and temperatures asked for come from one exact search of the largest k,
 which goes through queries and bank in blocks, so memory does not grow with either. Nothing is chosen by the
 result: the headline is the first k and temperature of the configuration.
 Source: Wu et al. 2018 (Non-parametric instance discrimination), section 3.4; Caron et al. 2021 (DINO),
@@ -12,18 +12,13 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from fdkit.config import Config
-from fdkit.errors import ConfigError
 from fdkit.evaluation._metrics import Metrics, accuracies, rank_of_label
+from fdkit.evaluation._search import Method, default_blocks, resolve_method, search, search_all
 from fdkit.evaluation.features import Features, paired
-
-# Blocks of the similarity matrix: on a CPU they stay in the cache, on a GPU (0.5 GB) they fill it.
-BLOCK_CPU = (1024, 4096)
-BLOCK_GPU = (2048, 65536)
 
 
 class KNNConfig(Config):
@@ -33,21 +28,30 @@ class KNNConfig(Config):
     """Numbers of voting neighbours, at most the training images; the first is the headline."""
     temperature: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.07,), min_length=1)
     """Divides cosine similarity before the exponential, so low values favour the nearest; the first is the headline."""
+    search: Method = "auto"
+    """Precision neighbours are looked for in: bf16, fp32, or auto: bf16 where the hardware multiplies bf16 matrices.
+    The neighbours found are the same, to the bit."""
 
 
-def evaluate(train: Features, test: Features, config: KNNConfig) -> Metrics:
+def evaluate(train: Features, test: Features, config: KNNConfig, *, sharded: bool = False) -> Metrics:
     """Accuracy on test of a vote among train, for every k and temperature, on the device of train.values.
 
+    sharded: every process of the default group calls this together, with the same features; each searches a slice
+    of train, and all get the accuracies of one process alone. train.values may be mapped from a file.
     Returns {"evaluator", "k", "temperature", "top1", "top5" (of 5 classes or more), "results": [one entry a
-    k and temperature, in the order asked], "train", "test"}. A class without a vote is never a top-5 hit.
-    Raises ConfigError if a k exceeds the training images, DataError if test has classes that train lacks.
+    k and temperature, in the order asked], "search": {"method", "rechecked": queries that took a second, more
+    precise search}, "train", "test"}. A class without a vote is never a top-5 hit.
+    Raises ConfigError if a k exceeds the training images, DataError if test has classes that train lacks,
+    NumericsError if a feature is not finite.
     """
     train, test = paired(train, test)
+    method, rechecked = resolve_method(config.search, train.values.device), 0
     ranks: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in config.k for t in config.temperature}
-    for similarity, neighbours, rows in _searched(train.values, test.values, max(config.k)):
-        voters, labels = train.labels[neighbours], test.labels[rows]
+    for found, rows in search(test.values, train.values, max(config.k), method=method, sharded=sharded):
+        voters, labels = train.labels[found.rows], test.labels[rows]
+        rechecked += int(found.rechecked.sum())
         for temperature in config.temperature:
-            for k, votes in _votes(similarity, voters, len(train.classes), set(config.k), temperature):
+            for k, votes in _votes(found.similarity, voters, len(train.classes), set(config.k), temperature):
                 own = votes.gather(1, labels[:, None])[:, 0]
                 rank = rank_of_label(votes, labels).where(own > 0, len(train.classes))
                 ranks[k, temperature].append(rank)
@@ -55,65 +59,34 @@ def evaluate(train: Features, test: Features, config: KNNConfig) -> Metrics:
         {"k": k, "temperature": t, **accuracies(torch.cat(rank), len(train.classes))}
         for (k, t), rank in ranks.items()
     ]
-    return {"evaluator": "knn", **results[0], "results": results, "train": train.info, "test": test.info}
+    return {
+        "evaluator": "knn",
+        **results[0],
+        "results": results,
+        "search": {"method": method, "rechecked": rechecked},
+        "train": train.info,
+        "test": test.info,
+    }
 
 
 def predict(train: Features, queries: Tensor, *, k: int, temperature: float) -> Tensor:
     """The class of most votes for each query (N, D), (N,) int64; of classes with equal votes, the lowest."""
-    found = []
-    for similarity, neighbours, _ in _searched(train.values, queries, k):
-        for _, votes in _votes(similarity, train.labels[neighbours], len(train.classes), {k}, temperature):
-            found.append((votes == votes.amax(dim=1, keepdim=True)).int().argmax(dim=1))
-    return torch.cat(found)
+    classes = []
+    for found, _ in search(queries, train.values, k):
+        voters = train.labels[found.rows]
+        for _, votes in _votes(found.similarity, voters, len(train.classes), {k}, temperature):
+            classes.append((votes == votes.amax(dim=1, keepdim=True)).int().argmax(dim=1))
+    return torch.cat(classes)
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int, *, block: int) -> tuple[Tensor, Tensor]:
-    """The k largest dot products of each query with the bank, descending, and their rows in it; both (Q, k).
+    """The k largest cosine similarities of each query with the bank, descending, and their rows in it; both (Q, k).
 
-    queries: (Q, D); bank: (N, D), N >= k; `block` rows of the bank are compared at a time. Of equal dot
-    products the lower row comes first, whatever the block.
+    queries: (Q, D), Q at least 1; bank: (N, D), N >= k; `block` rows of the bank are compared at a time. Of equal
+    similarities the lower row comes first, whatever the block.
     """
-    best, rows = _top(queries @ bank[: max(block, k)].T, k)
-    for start in range(max(block, k), len(bank), block):
-        scores = queries @ bank[start : start + block].T
-        # An equal score cannot displace one of a lower row, so only rows that gain are looked at again.
-        gains = (scores.amax(dim=1) > best[:, -1]).nonzero()[:, 0]
-        if len(gains) == 0:
-            continue
-        new, new_rows = _top(scores[gains], k)
-        merged = torch.cat([best[gains], new], dim=1)
-        merged_rows = torch.cat([rows[gains], new_rows + start], dim=1)
-        merged, order = merged.sort(dim=1, descending=True, stable=True)
-        best[gains], rows[gains] = merged[:, :k], merged_rows.gather(1, order[:, :k])
-    return best, rows
-
-
-def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k (or all, if fewer) largest of each row, descending, equal ones by column; both (Q, min(k, n))."""
-    num_columns = scores.shape[1]
-    values, columns = scores.topk(min(k + 1, num_columns), dim=1)
-    if num_columns > k:
-        # topk picks freely among equals: where the last one in equals the first one out, sort in full.
-        tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
-        if len(tied) > 0:
-            columns[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
-    columns = columns[:, :k].sort(dim=1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)
-
-
-def _searched(bank: Tensor, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Cosine similarities (Q, k), bank rows (Q, k) and query rows, a block of queries at a time."""
-    if k > len(bank):
-        raise ConfigError(
-            f"k is {k}, but there are only {len(bank)} training images to be neighbours",
-            f"ask for --k {len(bank)} or less",
-        )
-    bank = F.normalize(bank, dim=1)
-    num_queries, block = BLOCK_CPU if bank.device.type == "cpu" else BLOCK_GPU
-    for start in range(0, len(queries), num_queries):
-        rows = slice(start, start + num_queries)
-        yield *nearest(F.normalize(queries[rows], dim=1), bank, k, block=block), rows
+    found = search_all(queries, bank, k, blocks=default_blocks(bank.device)._replace(bank=block))
+    return found.similarity, found.rows
 
 
 def _votes(

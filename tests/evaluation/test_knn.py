@@ -1,14 +1,17 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pydantic
 import pytest
 import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from fdkit.errors import ConfigError, DataError
-from fdkit.evaluation import knn
+from fdkit.errors import ConfigError, DataError, NumericsError
+from fdkit.evaluation import _search
 from fdkit.evaluation.features import Features
 from fdkit.evaluation.knn import KNNConfig, evaluate, nearest, predict
 
@@ -108,7 +111,8 @@ def test_headline_is_the_first_asked_and_not_the_best():
 def test_search_is_the_same_in_any_blocks(block):
     queries, bank = torch.randn(13, 5), torch.randn(101, 5)
     values, rows = nearest(queries, bank, 9, block=block)
-    expected = (queries @ bank.T).sort(dim=1, descending=True)
+    cosines = F.normalize(queries.double(), dim=1) @ F.normalize(bank.double(), dim=1).T
+    expected = cosines.float().sort(dim=1, descending=True, stable=True)
     assert torch.equal(rows, expected.indices[:, :9])
     torch.testing.assert_close(values, expected.values[:, :9])
 
@@ -116,17 +120,97 @@ def test_search_is_the_same_in_any_blocks(block):
 @pytest.mark.parametrize("block", [3, 8, 1000])
 @pytest.mark.parametrize("k", [1, 4, 30])
 def test_of_equally_near_images_the_first_come_first(block, k):
-    # Small integers have exact products, so ties are plentiful and exact.
-    queries, bank = torch.randint(-1, 2, (17, 3)).float(), torch.randint(-1, 2, (40, 3)).float()
-    expected = (queries @ bank.T).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    assert torch.equal(nearest(queries, bank, k, block=block)[1], expected)
+    # Few directions, most of them several times and at lengths that scaling leaves exact: ties are plentiful.
+    random = torch.Generator().manual_seed(4)
+    queries = torch.randint(0, 2, (17, 3), generator=random).double()
+    bank = torch.randint(-1, 2, (40, 3), generator=random) * 2.0 ** torch.randint(
+        -2, 3, (40, 1), generator=random
+    )
+    lengths = queries.norm(dim=1)[:, None] * bank.double().norm(dim=1)
+    cosines = queries @ bank.double().T / lengths.clamp(min=1e-12)
+    expected = cosines.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(nearest(queries.float(), bank, k, block=block)[1], expected)
 
 
 def test_blocks_of_queries_join_up(monkeypatch):
     train, test = blobs(90), blobs(41, seed=1)
     whole = evaluate(train, test, KNNConfig(k=(5,)))
-    monkeypatch.setattr(knn, "BLOCK_CPU", (4, 11))
+    monkeypatch.setattr(_search, "CPU_BLOCKS", _search.Blocks(queries=4, bank=11, numbers=50))
     assert evaluate(train, test, KNNConfig(k=(5,))) == whole
+
+
+def test_the_precision_of_the_search_is_reported_and_changes_nothing_else():
+    train, test = blobs(400, noise=2.0, width=40), blobs(150, seed=1, noise=2.0, width=40)
+    found = {name: evaluate(train, test, KNNConfig(k=(5, 20), search=name)) for name in ("fp32", "bf16")}
+    assert found["fp32"].pop("search") == {"method": "fp32", "rechecked": 0}
+    searched = found["bf16"].pop("search")
+    assert searched["method"] == "bf16"
+    assert 0 <= searched["rechecked"] < 150
+    assert found["fp32"] == found["bf16"]
+    auto = evaluate(train, test, KNNConfig(k=(5, 20)))
+    assert auto["search"]["method"] == _search.resolve_method("auto", torch.device("cpu"))
+
+
+def test_queries_searched_again_are_counted():
+    train = blobs(400)
+    near = train._replace(values=torch.eye(6)[:1] + 1e-6 * train.values / train.values.norm(dim=1)[:, None])
+    both = near._replace(values=torch.where(torch.arange(400)[:, None] % 2 == 0, near.values, -near.values))
+    test = near._replace(values=near.values[:9], labels=near.labels[:9])
+    found = {name: evaluate(both, test, KNNConfig(search=name)) for name in ("fp32", "bf16")}
+    assert found["fp32"]["results"] == found["bf16"]["results"]
+    assert [found[name]["search"]["rechecked"] for name in found] == [9, 9]
+
+
+def test_every_image_may_vote():
+    train, test = blobs(30, noise=0.5), blobs(20, seed=1, noise=0.5)
+    predictions, top1, _ = naive(train, test, 30, 0.07)
+    assert predict(train, test.values, k=30, temperature=0.07).tolist() == predictions
+    assert evaluate(train, test, KNNConfig(k=(30,)))["top1"] == pytest.approx(top1)
+
+
+def test_one_class_is_always_right_and_has_no_top5():
+    train, test = blobs(30, num_classes=1), blobs(20, num_classes=1, seed=1)
+    metrics = evaluate(train, test, KNNConfig(k=(3,)))
+    assert metrics["top1"] == 1.0
+    assert "top5" not in metrics
+
+
+def test_a_zero_vector_is_equally_near_to_all():
+    train, test = blobs(30), blobs(20, seed=1)
+    test.values[4] = 0
+    votes = torch.bincount(train.labels[:5], minlength=7)
+    assert predict(train, test.values, k=5, temperature=0.07)[4] == votes.argmax()
+
+
+def test_features_that_are_not_finite_are_refused():
+    train, test = blobs(30), blobs(20, seed=1)
+    train.values[3, 0] = train.values[7, 1] = torch.nan
+    with pytest.raises(NumericsError, match="2 of 30 training features are not finite"):
+        evaluate(train, test, KNNConfig(k=(3,)))
+    with pytest.raises(NumericsError, match="2 of 30 test features are not finite"):
+        predict(test, train.values, k=3, temperature=0.07)
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    metrics = evaluate(blobs(83), blobs(41, seed=1), KNNConfig(k=(5, 60)), sharded=True)
+    if rank == 1:  # alone, as a monitor in training is: nobody may be waited for
+        metrics["alone"] = evaluate(blobs(83), blobs(41, seed=1), KNNConfig(k=(5, 60)))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(metrics))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    alone = ranks[1].pop("alone")
+    assert alone == json.loads(json.dumps(evaluate(blobs(83), blobs(41, seed=1), KNNConfig(k=(5, 60)))))
+    assert ranks[0] == ranks[1]
+    assert {**ranks[0], "search": None} == {**alone, "search": None}
 
 
 def test_low_temperatures_do_not_overflow():
@@ -158,6 +242,6 @@ def test_refusals_name_the_value():
         evaluate(blobs(90), blobs(10, width=5), KNNConfig(k=(5,)))
     with pytest.raises(DataError, match="90 training and 0 test images"):
         evaluate(blobs(90), blobs(0), KNNConfig(k=(5,)))
-    for wrong in ({"k": (0,)}, {"k": ()}, {"temperature": (0.0,)}, {"neighbours": 3}):
+    for wrong in ({"k": (0,)}, {"k": ()}, {"temperature": (0.0,)}, {"neighbours": 3}, {"search": "fp64"}):
         with pytest.raises(pydantic.ValidationError):
             KNNConfig(**wrong)
