@@ -306,7 +306,7 @@ def draw(tester: Tester, path: Path, *, miou: float) -> None:
     images = tester.pictures(_spread(len(tester.source), NUM_SHOWN))
     if not images:
         return
-    title = f"{tester.config.split} of {Path(tester.config.data).name}: mIoU {100 * miou:.1f} %"
+    title = f"{_described(tester.config)}: mIoU {100 * miou:.1f} %"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(figure_bytes(segmentation_figure(images, tester.source.classes, title), "png"))
 
@@ -330,9 +330,7 @@ def _show(config: SegmentConfig, numbers: dict[str, Any]) -> None:
     """The mIoU and the classes as a small table on standard output."""
     if "miou" not in numbers:
         return
-    backbone = f"{'frozen' if config.segmentation.freeze else 'trained'} {short_names([config.model])[0]}"
-    title = f"{config.segmentation.head} head on {backbone}, {config.split} of {Path(config.data).name}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_described(config), title_justify="left")
     table.add_column("class")
     for name in ("IoU", "accuracy", "pixels"):
         table.add_column(name, justify="right")
@@ -353,6 +351,12 @@ def _show(config: SegmentConfig, numbers: dict[str, Any]) -> None:
     folder = numbers["run"]
     for path in (f"results/segmentation-{config.split}.json", "figures/segmentation.png"):
         console.print(f"saved {folder}/{path}", soft_wrap=True)
+
+
+def _described(config: SegmentConfig) -> str:
+    """What was measured on what, in short."""
+    backbone = f"{'frozen' if config.segmentation.freeze else 'trained'} {short_names([config.model])[0]}"
+    return f"{config.segmentation.head} head on {backbone}, {config.split} of {Path(config.data).name}"
 
 
 def _percent(share: float | None) -> str:

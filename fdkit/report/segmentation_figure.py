@@ -1,5 +1,6 @@
 """Images beside the classes their pixels have and the classes predicted for them."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,6 +60,7 @@ def segmentation_figure(
     for place, name in zip(axes[0], COLUMNS, strict=True):
         place.set_title(name, fontsize=9.5, fontweight="normal", loc="center")
     if title:
+        title = textwrap.fill(title, width=round(9.5 * width))
         figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left")
     _add_legend(figure, names, columns)
     return figure
