@@ -233,7 +233,7 @@ def vote(maps: Tensor, memory: Memory, config: PatchKNNConfig) -> Tensor:
     votes = []
     for some in queries.split(QUERIES):
         similarity, rows = nearest(some, memory.values, config.k, block=block)
-        weights = (similarity / config.temperature).softmax(dim=1)
+        weights = (similarity / config.temperature).softmax(dim=1).to(memory.shares.dtype)
         votes.append(torch.einsum("qk,qkc->qc", weights, memory.shares[rows]))
     return torch.cat(votes).view(num_images, height, width, -1).permute(0, 3, 1, 2)
 
