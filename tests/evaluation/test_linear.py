@@ -183,6 +183,18 @@ def test_choice_is_the_best_on_validation_by_a_naive_count():
     )
 
 
+def test_accuracy_decides_and_loss_among_equals(monkeypatch):
+    found = {0.01: (0.6, 0.1), 0.1: (0.7, 0.9), 0.5: (0.7, 0.8), 1.0: (0.7, 0.8), 2.0: (None, None)}
+    table = {
+        Candidate(lr): {"validation_top1": top1, "validation_loss": loss}
+        for lr, (top1, loss) in found.items()
+    }
+    monkeypatch.setattr(CachedImages, "compare", lambda *_: table)
+    choice = choose(blobs(60), LinearConfig(epochs=1, lr=tuple(found)))
+    assert choice.candidate == Candidate(0.5)
+    assert [row["validation_loss"] for row in choice.candidates] == [loss for _, loss in found.values()]
+
+
 def test_metrics_are_json_with_the_protocol():
     metrics = evaluate(
         blobs(120), blobs(40, seed=1), LinearConfig(epochs=3, lr=(0.01, 0.1), weight_decay=(0.0, 1e-3))
