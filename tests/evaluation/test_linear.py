@@ -69,6 +69,16 @@ def test_cached_features_are_probed_as_by_autograd():
         torch.testing.assert_close(found[:, k], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("normalization", ["standardize", "batch_norm", "none"])
+def test_rows_are_probed_as_if_there_were_no_others(normalization):
+    train, rows = blobs(60), torch.randperm(60)[:41].sort().values
+    config = LinearConfig(epochs=2, train_batch_size=16, normalization=normalization)
+    part = train._replace(values=train.values[rows], labels=train.labels[rows])
+    found, expected = fit(train, [Candidate(0.01)], config, rows), fit(part, [Candidate(0.01)], config)
+    torch.testing.assert_close(found.weight, expected.weight)
+    torch.testing.assert_close(found.bias, expected.bias)
+
+
 def test_a_candidate_that_diverges_is_not_chosen():
     train = blobs(60)
     config = LinearConfig(epochs=3, train_batch_size=16, normalization="none", lr=(1e38, 1e-3))
