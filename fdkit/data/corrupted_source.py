@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from fdkit.data.corruptions import REFERENCE_SIDE, check, corrupt
+from fdkit.data.corruptions import REFERENCE_SIDE, check_name, check_severity, corrupt
 from fdkit.data.sources import ImageSource
 from fdkit.data.subset import Subset
 
@@ -34,7 +34,9 @@ class CorruptedSource:
         seed: int = 0,
         short_side: int = REFERENCE_SIDE,
     ) -> None:
-        check(name, severity)
+        check_name(name)
+        if severity != 0:
+            check_severity(severity)
         self.source = source
         self.name = source.name
         self.labels = source.labels

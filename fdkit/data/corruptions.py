@@ -43,7 +43,9 @@ def corrupt(image: np.ndarray, name: str, severity: int, random: Random) -> np.n
     name: of `CORRUPTIONS`; severity: 1 to 5, or 0, which changes nothing. The same generator state gives the same
     pixels. Raises ConfigError for a corruption or severity there is not, ValueError for another kind of array.
     """
-    check(name, severity)
+    check_name(name)
+    if severity != 0:
+        check_severity(severity)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}")
     if severity == 0:
@@ -52,12 +54,16 @@ def corrupt(image: np.ndarray, name: str, severity: int, random: Random) -> np.n
     return _as_bytes(change(image.astype(np.float32) / 255, random, *strengths[severity - 1]))
 
 
-def check(name: str, severity: int) -> None:
-    """Raises ConfigError unless there is such a corruption, and a severity of 0 to 5."""
+def check_name(name: str) -> None:
+    """Raises ConfigError unless there is such a corruption."""
     if name not in CORRUPTIONS:
         known = did_you_mean(name, CORRUPTIONS) or f"there are all, extra, {', '.join(CORRUPTIONS)}"
         raise ConfigError(f"no corruption is called {name}", known)
-    if severity not in (0, *SEVERITIES):
+
+
+def check_severity(severity: int) -> None:
+    """Raises ConfigError unless it is 1 to 5."""
+    if severity not in SEVERITIES:
         raise ConfigError(f"severity {severity} is not one of 1 to 5", "such as --severities 1,3,5")
 
 

@@ -33,6 +33,28 @@ RUN_FILES = ("config.yaml", "run.json", HEADS_FILE)
 OF_TEACHER = ("architecture", "checkpoint_key", "image_size", "mean", "std", "pretrained", "seed")
 """What a distillation's configuration says of how its teacher is loaded."""
 
+HOSTED_BY_BOTH = {
+    "vit_base_patch16_clip_224.datacompxl": "ViT-B-16/datacomp_xl_s13b_b90k",
+    "vit_large_patch14_clip_224.datacompxl": "ViT-L-14/datacomp_xl_s13b_b90k",
+    "vit_base_patch16_clip_224.laion2b": "ViT-B-16/laion2b_s34b_b88k",
+    "vit_large_patch14_clip_224.laion2b": "ViT-L-14/laion2b_s32b_b82k",
+    "vit_huge_patch14_clip_224.laion2b": "ViT-H-14/laion2b_s32b_b79k",
+    "vit_base_patch16_siglip_224.v2_webli": "ViT-B-16-SigLIP2/webli",
+    "vit_large_patch16_siglip_256.v2_webli": "ViT-L-16-SigLIP2-256/webli",
+    "vit_so400m_patch14_siglip_224.v2_webli": "ViT-SO400M-14-SigLIP2/webli",
+    "vit_giantopt_patch16_siglip_256.v2_webli": "ViT-gopt-16-SigLIP2-256/webli",
+    "eva02_base_patch16_clip_224.merged2b": "EVA02-B-16/merged2b_s8b_b131k",
+    "eva02_large_patch14_clip_224.merged2b": "EVA02-L-14/merged2b_s4b_b131k",
+    "eva02_large_patch14_clip_336.merged2b": "EVA02-L-14-336/merged2b_s6b_b61k",
+    "vit_pe_core_tiny_patch16_384.fb": "PE-Core-T-16-384/meta",
+    "vit_pe_core_small_patch16_384.fb": "PE-Core-S-16-384/meta",
+    "vit_pe_core_base_patch16_224.fb": "PE-Core-B-16/meta",
+    "vit_pe_core_large_patch14_336.fb": "PE-Core-L-14-336/meta",
+    "vit_pe_core_gigantic_patch14_448.fb": "PE-Core-bigG-14-448/meta",
+}
+"""timm's image towers of models that open_clip has whole, by their names: what to use in their place. The libraries
+state no repository in common for them, so a tower of one is not trusted with the texts of the other."""
+
 
 class TextSource(NamedTuple):
     """The open_clip model whose text tower shares the space."""
@@ -102,8 +124,14 @@ def text_source(identity: dict[str, Any]) -> TextSource:
             return TextSource(arch, quick_gelu, tag)
         if Path(source).is_file():
             return TextSource(recipe["architecture"], quick_gelu, file=Path(source))
-    if source.startswith("timm:") and (twin := _open_clip_twin(source.removeprefix("timm:"))):
+    timm_name = source.removeprefix("timm:") if source.startswith("timm:") else ""
+    if timm_name and (twin := _open_clip_twin(timm_name)):
         return TextSource(twin[0], None, twin[1])
+    if timm_name in HOSTED_BY_BOTH:
+        raise ConfigError(
+            f"{name} is timm's image tower alone, and nothing states that open_clip's text tower has the same weights",
+            f"use open_clip:{HOSTED_BY_BOTH[timm_name]}, or its student",
+        )
     raise ConfigError(
         f"{name} has no text tower that could name classes: it is no CLIP model of open_clip",
         "use open_clip:ARCH/TAG, such as open_clip:ViT-B-16/datacomp_xl_s13b_b90k, or its student",

@@ -11,7 +11,7 @@ Source: Hendrycks and Dietterich 2019 (ImageNet-C), section 4; Hendrycks et al. 
 
 import logging
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -19,7 +19,15 @@ from torch import Tensor
 
 from fdkit.config import Config
 from fdkit.data.corrupted_source import CorruptedSource, StampedSubset, spread_positions
-from fdkit.data.corruptions import COMMON, CORRUPTIONS, EXTRA, REFERENCE_SIDE, check
+from fdkit.data.corruptions import (
+    COMMON,
+    CORRUPTIONS,
+    EXTRA,
+    REFERENCE_SIDE,
+    SEVERITIES,
+    check_name,
+    check_severity,
+)
 from fdkit.data.imagenet_variants import RenamedClasses, Variant, matched, open_variants
 from fdkit.data.sources import ImageSource
 from fdkit.errors import ConfigError
@@ -60,7 +68,7 @@ class RobustnessConfig(Config):
     does by default, or head, the model's own classifier."""
     corruptions: tuple[str, ...] = Field(("all",), min_length=1)
     """Corruptions by name, with commas or spaces between; all: the fifteen common ones; extra: the four others."""
-    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 2, 3, 4, 5), min_length=1)
+    severities: tuple[int, ...] = Field(SEVERITIES, min_length=1)
     """Severities of every corruption, 1 to 5."""
     limit: int | None = Field(None, ge=1)
     """Most test images, an equal share of every class; none means all."""
@@ -91,7 +99,9 @@ class RobustnessConfig(Config):
     def _knows_its_corruptions(self) -> Self:
         for name in self.corruptions:
             if name not in GROUPS:
-                check(name, 1)
+                check_name(name)
+        for severity in self.severities:
+            check_severity(severity)
         changed = [name for name in ("k", "temperature") if getattr(self, name) != _default(name)]
         if changed and self.classifier != "knn":
             raise ConfigError(
@@ -137,7 +147,8 @@ def measure(subject: Subject, config: RobustnessConfig) -> Metrics:
     Returns {"evaluator", "top1" (clean), "interval", "ece", "mean_corruption_error" (of the common corruptions asked
     for; None if there is none), "mean_corruption_error_interval", "relative_robustness" (corrupted accuracy over
     clean), "corruptions": {name: {"error", "relative_robustness", "is_common", "severities": {severity: {"top1",
-    "interval", "ece"}}}}, "variants", "classifier", "settings", "test"}.
+    "interval", "ece"}}}}, "variants", "classifier" with what was chosen for it, "num_classes" it knows and
+    "num_allowed" of the data, "settings", "test"}.
     Clean means reduced to the size of the corrupted images, and not corrupted. Features of every corruption are kept
     in the cache as others are. Raises DataError without labels or for a variant whose classes are not known.
     """
@@ -158,7 +169,8 @@ def measure(subject: Subject, config: RobustnessConfig) -> Metrics:
     return {
         **numbers,
         "variants": _variant_results(classifier, variants),
-        "classifier": classifier.info | {"num_allowed": len(images.own_classes)},
+        **classifier.info,
+        "num_allowed": len(images.own_classes),
         "settings": settings,
         "test": clean.info,
     }

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
 import fdkit
 from fdkit.data.corrupted_source import reduced, spread_positions
@@ -267,7 +266,7 @@ def test_a_head_of_a_thousand_outputs_answers_with_imagenets_ids(tmp_path: Path)
     logits = torch.stack([_plain_logits(model, source, row) for row in range(8)])[:, [7, 340]]
     hits = logits.argmax(dim=1) == torch.tensor(source.labels)
     assert numbers["top1"] == float(hits.double().mean())
-    assert numbers["classifier"] == {"classifier": "head", "num_classes": 1000, "num_allowed": 2}
+    assert [numbers[key] for key in ("classifier", "num_classes", "num_allowed")] == ["head", 1000, 2]
 
 
 def test_heads_that_do_not_know_the_classes_are_refused(photos: Path) -> None:
@@ -307,8 +306,9 @@ def test_images_without_labels_or_of_one_class_are_refused(tmp_path: Path) -> No
 def test_settings_that_are_wrong_or_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"(?s)no corruption is called fogg.*fog"):
         RobustnessConfig(corruptions=("fogg",))
-    with pytest.raises(ValidationError, match="less than or equal to 5"):
-        RobustnessConfig(severities=(6,))
+    for severity in (0, 6):
+        with pytest.raises(ConfigError, match=f"severity {severity} is not one of 1 to 5"):
+            RobustnessConfig(severities=(1, severity))
     with pytest.raises(ConfigError, match="k has no effect on the classifier logistic"):
         RobustnessConfig(k=3)
 
@@ -337,4 +337,4 @@ def test_the_command_loads_a_head_when_it_is_asked_for(tmp_path: Path) -> None:
         cache="none",
     )
     assert set(numbers["corruptions"]) == {"contrast", "fog"}
-    assert numbers["classifier"]["num_classes"] == 1000
+    assert numbers["num_classes"] == 1000

@@ -19,7 +19,14 @@ import fdkit
 from fdkit.data.sources import FolderSource
 from fdkit.errors import ConfigError, DataError, WeightsError
 from fdkit.evaluation import zero_shot
-from fdkit.evaluation._joint_space import centred, cosines, text_source, token_head, unwhitened
+from fdkit.evaluation._joint_space import (
+    HOSTED_BY_BOTH,
+    centred,
+    cosines,
+    text_source,
+    token_head,
+    unwhitened,
+)
 from fdkit.evaluation._metrics import expected_calibration_error
 from fdkit.evaluation.features import evaluation_crop
 from fdkit.evaluation.zero_shot import ZeroShotConfig, described
@@ -408,10 +415,30 @@ def test_openais_rows_have_the_open_clip_model_of_the_same_repository() -> None:
         identity = {"recipe": {"library": "timm"}, "source": CATALOG[name].model, "name": name}
         found = text_source(identity)
         assert (found.arch, found.tag) == (arch, tag)
-    for name in ("openclip_vitb", "siglip2_vitb", "dinov2_vitb"):
+    for name in ("dinov2_vitb", "aimv2_vitl"):
         identity = {"recipe": {"library": "timm"}, "source": CATALOG[name].model, "name": name}
         with pytest.raises(ConfigError, match=rf"(?s){name} has no text tower.*open_clip:ARCH/TAG"):
             text_source(identity)
+
+
+def test_towers_hosted_by_both_are_sent_to_the_whole_model() -> None:
+    identity = {
+        "recipe": {"library": "timm"},
+        "source": CATALOG["siglip2_vitb"].model,
+        "name": "siglip2_vitb",
+    }
+    with pytest.raises(
+        ConfigError, match=r"(?s)siglip2_vitb is timm's image tower alone.*open_clip:ViT-B-16-SigLIP2/webli"
+    ):
+        text_source(identity)
+    known = {f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained()}
+    assert set(HOSTED_BY_BOTH.values()) <= known
+    hosted = {row.model.removeprefix("timm:") for row in CATALOG.values()}
+    assert set(HOSTED_BY_BOTH) <= hosted
+    families = {"openclip", "siglip2", "eva02clip"}
+    assert {row.model.removeprefix("timm:") for row in CATALOG.values() if row.family in families} <= set(
+        HOSTED_BY_BOTH
+    )
 
 
 def test_bad_input_is_one_sentence(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
