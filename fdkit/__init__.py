@@ -16,6 +16,7 @@ _LAZY = {
     "segment": "fdkit.commands.segment",
     "evaluate": "fdkit.commands.evaluate",
     "analyze": "fdkit.commands.analyze",
+    "compare": "fdkit.commands.compare",
     "demo": "fdkit.commands.demo",
     "doctor": "fdkit.commands.doctor",
     "load_teacher": "fdkit.teachers.loading",
@@ -25,6 +26,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from fdkit.commands.analyze import analyze as analyze
+    from fdkit.commands.compare import compare as compare
     from fdkit.commands.demo import demo as demo
     from fdkit.commands.distill import distill as distill
     from fdkit.commands.doctor import doctor as doctor
@@ -40,6 +42,7 @@ __all__ = [
     "FdkitError",
     "__version__",
     "analyze",
+    "compare",
     "demo",
     "distill",
     "doctor",

@@ -56,6 +56,9 @@ COMMANDS = {
         "fdkit analyze attention-distance MODEL [MODEL ...] --data PATH",
         "analysis",
     ),
+    "compare": CommandEntry(
+        "Whether a distillation was worth it, beside its controls.", "fdkit compare RUN --data PATH"
+    ),
     "teachers": CommandEntry(
         "List the known teachers, or show one whole.", "fdkit teachers [NAME] [--family dinov2]"
     ),
@@ -200,7 +203,8 @@ def _recipe_of_protocol(kind: type[Config], arguments: list[str]) -> str | None:
         return None
     from fdkit.evaluation._protocols import find_protocol
 
-    return find_protocol(protocol).choice
+    found = find_protocol(protocol)
+    return found.choice if "recipe" in found.fields else None
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

@@ -1,6 +1,7 @@
 """`fdkit finetune MODEL --data PATH`: a classifier from a pretrained model and labelled images."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,12 +12,14 @@ from fdkit.commands._classification import Images, Validation, class_logits, mea
 from fdkit.commands._command import ModelOptions, default_output, resolve, write_result
 from fdkit.commands._monitor import build_monitor
 from fdkit.commands._outcome import Outcome
+from fdkit.commands._published import against_published, show_protocol
 from fdkit.commands._training import TrainingCommand, save_curves
 from fdkit.commands.distill import announce_terms, teacher_facts
-from fdkit.config import Config, to_yaml
+from fdkit.config import Config, find_recipe, read_yaml, to_yaml, validate
 from fdkit.data.loader import steps_per_epoch
 from fdkit.data.supervised_views import SupervisedViews, SupervisedViewsConfig
 from fdkit.errors import ConfigError
+from fdkit.evaluation._protocols import Protocol, find_protocol, refuse_changes
 from fdkit.methods._timm_tower import as_timm
 from fdkit.methods.supervised import Supervised, SupervisedConfig
 from fdkit.models.classifier import build_classifier
@@ -90,6 +93,8 @@ class FinetuneConfig(ModelOptions, TrainingCommand):
     """A split of the data's own to validate on, such as val; null: a part of train."""
     keep_best: bool = False
     """Keep the weights of the highest validation accuracy in RUN/best, and test and export them instead of the last."""
+    protocol: str | None = None
+    """Fine-tune as a published number was made, by name, such as mae-finetune: its recipe is pinned."""
     supervised: SupervisedConfig = SupervisedConfig()
     views: SupervisedViewsConfig = SupervisedViewsConfig()
     train: FinetuneTrainConfig = FinetuneTrainConfig()
@@ -117,6 +122,8 @@ def config_class() -> type[Config]:
 
 def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
     """Train the classifier, measure it on the test images once, and leave both in the run folder."""
+    if config.protocol:
+        _refuse_another(find_protocol(config.protocol), config)
     folder = config.output or default_output("finetune", config.model)
     device = local_device(config.device)
     with (
@@ -245,11 +252,39 @@ def _test(config: FinetuneConfig, method: Supervised, images: Images, run: Run) 
             "test": logits.info,
             "settings": config.model_dump(mode="json"),
         }
+        if config.protocol:
+            numbers["named_protocol"] = against_published(
+                find_protocol(config.protocol), config.model, numbers
+            )
         write_result(run.folder / RESULT, numbers)
         predicted = logits.values.argmax(dim=1)
         both = {"labels": logits.labels.tolist(), "predicted": predicted.tolist()}
         write_result(run.folder / PREDICTIONS, both)
     return broadcast(numbers, world)
+
+
+def _refuse_another(protocol: Protocol, config: FinetuneConfig) -> None:
+    """Raises ConfigError if the run would differ from the recipe that the protocol pins."""
+    if protocol.command != "finetune":
+        raise ConfigError(
+            f"protocol {protocol.name} measures frozen features",
+            f"fdkit evaluate {config.model} --protocol {protocol.name}",
+        )
+    pinned = read_yaml(find_recipe(protocol.choice, "finetune"))
+    kept = validate(FinetuneConfig, {"model": config.model, "data": config.data, **pinned}, protocol.choice)
+    refuse_changes(protocol._replace(fields=_flat(kept, pinned)), _flat(config, pinned))
+
+
+def _flat(config: Config, fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values a configuration has for the (nested) fields named, as "optim.lr"."""
+    found: dict[str, Any] = {}
+    for name, inner in fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            found |= _flat(value, inner, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _show(folder: Path, numbers: dict[str, Any]) -> None:
@@ -258,6 +293,8 @@ def _show(folder: Path, numbers: dict[str, Any]) -> None:
         f"{folder}: done; test accuracy {100 * numbers['top1']:.2f} %{top5} of {numbers['num_images']} images, "
         f"calibration error {numbers['calibration_error']:.3f}"
     )
+    if "named_protocol" in numbers:
+        show_protocol(numbers["named_protocol"])
     print(f"saved {folder / RESULT}")
     print(f"next: fdkit evaluate knn {folder} --data LABELLED_IMAGES")
 
@@ -267,5 +304,7 @@ def finetune(model: str | Path, data: str | Path, **fields: Any) -> dict[str, An
 
     Example: fdkit.finetune("runs/a", "photos/", output="runs/b", train={"epochs": 10})["top1"]
     """
-    values = {"model": str(model), "data": str(data), **fields}
+    protocol = fields.get("protocol")
+    recipe = {"recipe": find_protocol(protocol).choice} if protocol else {}
+    values = {"model": str(model), "data": str(data), **recipe, **fields}
     return run(resolve(FinetuneConfig, values, "finetune", ""), handle_signals=False).numbers

@@ -244,9 +244,9 @@ _EVALUATIONS = (
 
 
 def _finetuning(name: str, recipe: str, models: tuple[str, ...], source: str) -> Protocol:
-    watched = "a tenth of train is held out and watched, where the official code trains on all of it"
+    last = "test is read once, after the last epoch; the official script reports the best epoch"
     fields = {"recipe": recipe}
-    return Protocol(name, "finetune", recipe, fields, source, "finetune", models, (watched,))
+    return Protocol(name, "finetune", recipe, fields, source, "finetune", models, (last,))
 
 
 _FD = "Wei et al. 2022, released configuration"

@@ -96,3 +96,36 @@ def accuracy_bars(
     axes.set_xlabel("accuracy (%)")
     figure.legend(handles=handles, loc="outside upper left", ncols=len(accuracies) + 1)
     return figure
+
+
+@in_style
+def comparison_intervals(
+    rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], width: float = WIDE
+) -> "Figure":
+    """A panel a measure: a dot and its interval for each candidate, the percentage beside it.
+
+    rows: (candidate, measure -> {"top1": share, "interval": (low, high)}); a candidate may lack a measure.
+    """
+    measures = list(dict.fromkeys(measure for _, row in rows for measure in row))
+    figure, axes = panels(len(measures), width=width, height=0.9 + 0.34 * len(rows))
+    for place, measure in zip(axes, measures, strict=True):
+        shown = [(name, row[measure]) for name, row in rows if measure in row]
+        for number, (_, found) in enumerate(shown):
+            low, high = (100 * end for end in found["interval"])
+            colour = BLUE if number == 0 else GREY
+            place.plot([low, high], [number, number], color=colour, linewidth=2)
+            place.plot(100 * found["top1"], number, "o", color=colour)
+            place.annotate(
+                f"{100 * found['top1']:.1f}",
+                (100 * found["top1"], number),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+        place.set_yticks(range(len(shown)), [name for name, _ in shown])
+        place.set_ylim(len(shown) - 0.5, -0.7)
+        place.margins(x=0.12)
+        place.set_title(measure)
+        place.set_xlabel("accuracy (%)")
+    return figure
