@@ -283,6 +283,8 @@ class MadeImages:
 class PackedImages(MadeImages):
     """The first images of a packed split of CIFAR-10."""
 
+    name = "cifar10"
+
     def __init__(self, path: Path, count: int) -> None:
         packed = np.load(path)
         self.data, self.offsets = packed["jpeg"], packed["offsets"]
