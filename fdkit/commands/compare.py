@@ -94,6 +94,8 @@ class Distillation(NamedTuple):
     folder: Path
     config: DistillConfig
     teacher: str
+    loading: dict[str, Any]
+    """How the teacher is loaded, as arguments of `load_teacher`; none for one that was named anew."""
     num_images: int
     """Images it saw, repetitions counted."""
 
@@ -155,7 +157,8 @@ def read_distillation(config: CompareConfig) -> Distillation:
         raise ConfigError(f"{config.run}: the distillation is not finished", "continue it with --resume")
     derived = facts["derived"]
     kind = validate(DistillConfig, values, str(folder / "config.yaml"))
-    return Distillation(folder, kind, teacher, derived["num_steps"] * derived["batch_size"])
+    num_images = derived["num_steps"] * derived["batch_size"]
+    return Distillation(folder, kind, teacher, {} if config.teacher else kind.loading(), num_images)
 
 
 def frozen_hits(config: CompareConfig, distillation: Distillation) -> Hits:
@@ -164,7 +167,7 @@ def frozen_hits(config: CompareConfig, distillation: Distillation) -> Hits:
     extraction = Extraction(device, batch_size=config.batch_size, loader=config.loader, cache=default_cache())
     hits: Hits = {}
     with process_group(device):
-        teacher = load_teacher(distillation.teacher, seed=config.seed)
+        teacher = load_teacher(distillation.teacher, **distillation.loading, seed=config.seed)
         models: dict[Candidate, Teacher] = {
             "student": load_teacher(str(distillation.folder)),
             "teacher": teacher,
@@ -243,11 +246,13 @@ def _finetune(
     """One fine-tuning, continued where it stopped: its run folder, learning rate, and accuracies."""
     output = folder / f"{candidate}-lr{factor:g}"
     lr = config.optim.lr * factor
+    of_teacher = candidate == "teacher"
+    loading = distillation.loading if of_teacher else {"pretrained": candidate != "scratch"}
     settings = FinetuneConfig(
-        model=distillation.teacher if candidate == "teacher" else str(distillation.folder),
+        model=distillation.teacher if of_teacher else str(distillation.folder),
+        **loading,
         data=config.data,
         test_split=config.split,
-        pretrained=candidate != "scratch",
         output=output,
         resume=True,
         device=config.device,
