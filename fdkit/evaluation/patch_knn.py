@@ -228,7 +228,7 @@ def class_shares(masks: Tensor, grid: tuple[int, int], num_classes: int) -> Tens
 def vote(maps: Tensor, memory: Memory, config: PatchKNNConfig) -> Tensor:
     """Votes (b, K, h, w), in [0, 1] and summing to 1, of patches in maps (b, D, h, w) of any length."""
     num_images, _, height, width = maps.shape
-    queries = F.normalize(maps.float().permute(0, 2, 3, 1).flatten(0, 2), dim=1)
+    queries = maps.float().permute(0, 2, 3, 1).flatten(0, 2)  # the search compares by cosine
     block = BLOCK_CPU if queries.device.type == "cpu" else BLOCK_GPU
     votes = []
     for some in queries.split(QUERIES):
