@@ -13,6 +13,7 @@ from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import ImageSource, open_source
 from fdkit.data.subset import Subset
 from fdkit.errors import ConfigError, DataError
+from fdkit.evaluation._draws import validation_split
 from fdkit.evaluation._metrics import (
     accuracies,
     expected_calibration_error,
@@ -22,7 +23,6 @@ from fdkit.evaluation._metrics import (
 )
 from fdkit.evaluation._statistics import bootstrap_interval
 from fdkit.evaluation.features import Features, encode_source, evaluating, evaluation_crop
-from fdkit.evaluation.linear import validation_split
 from fdkit.methods._method import Method
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import save_backbone

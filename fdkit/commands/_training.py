@@ -1,9 +1,10 @@
 """What the commands that train share: their fields, and the way from a method to a finished run folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from fdkit.analysis._figure import save_figure
@@ -74,25 +75,39 @@ def run_training(
         monitors += build_reconstructions(
             method, source, folder, every_steps=every_steps, loader=config.loader
         )
-        try:
-            train(
-                method,
-                source,
-                run,
-                train=config.train,
-                optim=config.optim,
-                loader=config.loader,
-                seed=config.seed,
-                device=device,
-                monitors=monitors,
-                handle_signals=handle_signals,
-            )
-        finally:
-            save_curves(run)
+        train_and_draw(method, source, run, config, device, monitors, handle_signals=handle_signals)
         rows = run.metrics() if run.writes else []
         last: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
     numbers = {"run": str(folder), "last": last}
     return Outcome(numbers, lambda: _show(folder))
+
+
+def train_and_draw(
+    method: Method,
+    source: ImageSource,
+    run: Run,
+    config: Any,
+    device: torch.device,
+    monitors: Sequence[Monitor],
+    *,
+    handle_signals: bool,
+) -> None:
+    """Train as a command's configuration says, and draw the curves however it ends."""
+    try:
+        train(
+            method,
+            source,
+            run,
+            train=config.train,
+            optim=config.optim,
+            loader=config.loader,
+            seed=config.seed,
+            device=device,
+            monitors=monitors,
+            handle_signals=handle_signals,
+        )
+    finally:
+        save_curves(run)
 
 
 def save_curves(run: Run) -> None:

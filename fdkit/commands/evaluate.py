@@ -30,23 +30,15 @@ from fdkit.training.distributed import current_world, local_device, process_grou
 SHARED_FILES = {"features"}
 
 SETTINGS = (
-    *("classifier", "subset", "shots", "gallery", "corruption", "severity", "variant", "templates"),
-    *("k", "temperature", "lr", "weight_decay", "inputs", "C", "num_images"),
+    *("classifier", "metric", "subset", "gallery", "templates"),
+    *("k", "temperature", "lr", "weight_decay", "inputs", "c", "num_images"),
 )
 """What a row of a result was measured with, as far as it is shown."""
-UNITLESS = ("ece", "nll")
 MEASURES = (
-    "top1",
-    "interval",
-    "top5",
-    "map",
-    "map@r",
-    "miou",
-    "pixel_accuracy",
-    "validation_top1",
-    *UNITLESS,
+    *("top1", "interval", "top5", "map", "map@r", "miou", "pixel_accuracy", "mean_accuracy"),
+    *("mean_corruption_error", "relative_robustness", "validation_top1", "ece"),
 )
-"""What is shown of a row; shares in [0, 1] but for the unitless."""
+"""What is shown of a row: shares in [0, 1], and the calibration error."""
 
 
 class EvaluateConfig(ModelOptions, Command):
@@ -126,7 +118,8 @@ def run(config: Any) -> Outcome:
         _refuse_another(protocol, config)
     extraction = config.extraction()
     with process_group(extraction.device) as world:
-        teacher = config.load(config.model, seed=config.seed)
+        needs_head = getattr(config, "classifier", None) == "head"
+        teacher = config.load(config.model, seed=config.seed, keep_head=needs_head)
         subject = Subject(teacher, config.data, config.split, extraction)
         numbers = measure(plugin("evaluation", config.evaluator), subject, config)
         if protocol:
@@ -181,11 +174,13 @@ def _show(config: Any, numbers: dict[str, Any]) -> None:
     results = numbers.get("results") or [numbers]
     shown = [key for key in results[0] if key in SETTINGS or _is_measure(key)]
     # Settings stand in front of what was measured with them.
-    columns = sorted(shown, key=_is_measure)
+    columns = [
+        key for key in sorted(shown, key=_is_measure) if any(row.get(key) is not None for row in results)
+    ]
     title = f"{config.evaluator} of {config.model} on {config.split} of {config.data}"
     table = Table(title=title, title_justify="left")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("_", " "), justify="right")
     for result in results:
         table.add_row(*(_cell(name, result.get(name)) for name in columns))
     console = Console(markup=False, highlight=False)
@@ -208,4 +203,4 @@ def _cell(name: str, value: Any) -> str:
         return " - ".join(f"{100 * end:.1f}" for end in value) + " %"
     if _is_measure(name):
         return f"{value:.3f}" if name == "ece" else f"{100 * value:.2f} %"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)  # texts and counts as they are

@@ -13,7 +13,7 @@ from fdkit.commands._command import ModelOptions, default_output, resolve, write
 from fdkit.commands._monitor import build_monitor
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._published import against_published, show_protocol
-from fdkit.commands._training import TrainingCommand, save_curves
+from fdkit.commands._training import TrainingCommand, train_and_draw
 from fdkit.commands.distill import announce_terms, teacher_facts
 from fdkit.config import Config, find_recipe, read_yaml, to_yaml, validate
 from fdkit.data.loader import steps_per_epoch
@@ -29,7 +29,7 @@ from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.distributed import broadcast, current_world, local_device, process_group
 from fdkit.training.export import export_student
-from fdkit.training.loop import Monitor, TrainConfig, train
+from fdkit.training.loop import Monitor, TrainConfig
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.run import Run
 
@@ -146,21 +146,8 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
         else:
             _warn_from_scratch(config)
         method = build_method(config, teacher, images.classes)
-        try:
-            train(
-                method,
-                images.train,
-                run,
-                train=config.train,
-                optim=config.optim,
-                loader=config.loader,
-                seed=config.seed,
-                device=device,
-                monitors=_monitors(config, images, folder, per_epoch),
-                handle_signals=handle_signals,
-            )
-        finally:
-            save_curves(run)
+        monitors = _monitors(config, images, folder, per_epoch)
+        train_and_draw(method, images.train, run, config, device, monitors, handle_signals=handle_signals)
         if config.keep_best and run.writes:
             _take_best(method, folder / BEST)
             export_student(method, run)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fdkit.analysis._figure import figure_bytes
 from fdkit.commands._command import ModelOptions, default_output, resolve, write_result
 from fdkit.commands._outcome import Outcome
-from fdkit.commands._training import TrainingCommand, save_curves
+from fdkit.commands._training import TrainingCommand, train_and_draw
 from fdkit.config import Config, to_yaml, with_defaults
 from fdkit.data.loader import steps_per_epoch
 from fdkit.data.segmentation import MaskConfig, SegmentationSource, open_segmentation
@@ -42,7 +42,7 @@ from fdkit.methods.segmentation import Segmentation, SegmentationConfig
 from fdkit.report.segmentation_figure import SegmentedImage, segmentation_figure
 from fdkit.teachers.teacher import Teacher, short_names
 from fdkit.training.distributed import World, current_world, gather, local_device, process_group, wait_for_all
-from fdkit.training.loop import Monitor, TrainConfig, train
+from fdkit.training.loop import Monitor, TrainConfig
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.plan import choose_precision
 from fdkit.training.run import Run
@@ -145,21 +145,8 @@ def run(config: SegmentConfig, *, handle_signals: bool = True) -> Outcome:
         method = build_method(config, teacher, num_classes=len(training.classes))
         run.update(teacher=teacher.identity(), classes=list(training.classes))
         tester = Tester(config, method, tested, device)
-        try:
-            train(
-                method,
-                training,
-                run,
-                train=config.train,
-                optim=config.optim,
-                loader=config.loader,
-                seed=config.seed,
-                device=device,
-                monitors=monitors(config, tester, training),
-                handle_signals=handle_signals,
-            )
-        finally:
-            save_curves(run)
+        watching = monitors(config, tester, training)
+        train_and_draw(method, training, run, config, device, watching, handle_signals=handle_signals)
         numbers: dict[str, Any] = {"run": str(folder)}
         found = tester.measure(world)
         if world.is_main:

@@ -10,7 +10,6 @@ from PIL import Image
 
 from fdkit.data.corruptions import REFERENCE_SIDE, check_name, check_severity, corrupt
 from fdkit.data.sources import ImageSource
-from fdkit.data.subset import Subset
 
 FORMAT = 1
 """Counted up when the same names and seeds would give other pixels."""
@@ -78,17 +77,6 @@ class CorruptedSource:
         seed = self.seed if self.severity else 0
         what = [stamp, "corrupted", FORMAT, name, self.severity, seed, self.short_side]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-class StampedSubset(Subset):
-    """A part of a source whose stamp changes with the content of the whole, as the whole's does."""
-
-    @property
-    def content_stamp(self) -> str:
-        """SHA-256 of the whole source's content stamp and the positions."""
-        digest = hashlib.sha256(getattr(self.source, "content_stamp", self.source.fingerprint).encode())
-        digest.update(self.indices.tobytes())
-        return digest.hexdigest()
 
 
 def reduced(image: Image.Image, short_side: int) -> Image.Image:

@@ -23,7 +23,15 @@ class Subset:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the whole source's fingerprint and the positions."""
-        digest = hashlib.sha256(self.source.fingerprint.encode())
+        return self._stamped(self.source.fingerprint)
+
+    @property
+    def content_stamp(self) -> str:
+        """Likewise of its content stamp, where it has one."""
+        return self._stamped(getattr(self.source, "content_stamp", self.source.fingerprint))
+
+    def _stamped(self, stamp: str) -> str:
+        digest = hashlib.sha256(stamp.encode())
         digest.update(self.indices.tobytes())
         return digest.hexdigest()
 

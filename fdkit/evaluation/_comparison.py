@@ -46,6 +46,8 @@ class Comparison(NamedTuple):
         points = abs(100 * self.gap.difference)
         interval = f"95 % interval {100 * self.gap.low:+.1f} to {100 * self.gap.high:+.1f}"
         how, control = MEASURES[self.measure], CONTROLS[self.control]
+        if (self.measure, self.control) == ("finetune", "teacher"):
+            control += " fine-tuned directly"
         said = {
             "better": f"is {points:.1f} points better than {control}",
             "worse": f"is {points:.1f} points worse than {control}",

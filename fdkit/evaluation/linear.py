@@ -19,6 +19,7 @@ from torch import Tensor
 from fdkit.data.views import CropConfig, Share, Views
 from fdkit.errors import ConfigError, DataError, NumericsError
 from fdkit.evaluation._columns import ALL
+from fdkit.evaluation._draws import validation_split
 from fdkit.evaluation._metrics import (
     Metrics,
     accuracies,
@@ -146,22 +147,6 @@ def choose(train: Features, config: LinearConfig) -> Choice:
     A candidate whose weights are not finite cannot be chosen. Raises what `evaluate` raises of train.
     """
     return _choose(CachedImages(train, config.inputs, config), config, is_shared=False)
-
-
-def validation_split(labels: Tensor, validation_ratio: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit and rows to compare on, both ascending; round(validation_ratio * images) of each class compare.
-
-    A class of two or more images gives at least one row to each side; a class of one image is only fitted.
-    labels: (N,) int64. The split depends on the labels and the seed alone.
-    """
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    by_class = shuffled[labels[shuffled].sort(stable=True).indices]
-    counts = torch.bincount(labels)
-    first = counts.cumsum(0) - counts
-    place = torch.arange(len(labels), device=labels.device) - first[labels[by_class]]
-    quota = (counts * validation_ratio).round().long().clamp_min(1).minimum(counts - 1)
-    is_validation = place < quota[labels[by_class]]
-    return by_class[~is_validation].sort().values, by_class[is_validation].sort().values
 
 
 def _evaluated(data: ProbeData, test: Features, config: LinearConfig, *, is_shared: bool) -> Metrics:

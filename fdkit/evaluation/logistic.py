@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fdkit.config import Config
 from fdkit.errors import ConfigError, DataError
-from fdkit.evaluation._draws import folds
+from fdkit.evaluation._draws import folds, validation_split
 from fdkit.evaluation._inputs import comparable
 from fdkit.evaluation._metrics import (
     Metrics,
@@ -32,7 +32,6 @@ from fdkit.evaluation._metrics import (
 from fdkit.evaluation._softmax_regression import Fit, fit_path
 from fdkit.evaluation._statistics import bootstrap_interval
 from fdkit.evaluation.features import Features
-from fdkit.evaluation.linear import validation_split
 
 log = logging.getLogger("fdkit")
 

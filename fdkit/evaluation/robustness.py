@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from fdkit.config import Config
-from fdkit.data.corrupted_source import CorruptedSource, StampedSubset, spread_positions
+from fdkit.data.corrupted_source import CorruptedSource, spread_positions
 from fdkit.data.corruptions import (
     COMMON,
     CORRUPTIONS,
@@ -30,6 +30,7 @@ from fdkit.data.corruptions import (
 )
 from fdkit.data.imagenet_variants import RenamedClasses, Variant, matched, open_variants
 from fdkit.data.sources import ImageSource
+from fdkit.data.subset import Subset
 from fdkit.errors import ConfigError
 from fdkit.evaluation._classifier import IMAGENET_CLASSES, Classifier, Kind, make_classifier
 from fdkit.evaluation._metrics import Metrics, expected_calibration_error
@@ -218,7 +219,7 @@ def _look(
         images, name, severity, seed=config.seed, short_side=config.corruption_size
     )
     if config.limit is not None:
-        shown = StampedSubset(shown, spread_positions(images.labels, config.limit))
+        shown = Subset(shown, spread_positions(images.labels, config.limit))
     return _answered(classifier, shown, images.own_classes)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fdkit.analysis._figure import BLUE, GREY, PALETTE, WIDE, in_style, new_figure, panels
+from fdkit.analysis._figure import BLUE, GREY, PALETTE, WIDE, in_style, new_figure, panels, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,6 +126,6 @@ def comparison_intervals(
         place.set_yticks(range(len(shown)), [name for name, _ in shown])
         place.set_ylim(len(shown) - 0.5, -0.7)
         place.margins(x=0.12)
-        place.set_title(measure)
+        place.set_title(wrapped(measure, figure))
         place.set_xlabel("accuracy (%)")
     return figure

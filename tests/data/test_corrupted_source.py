@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdkit.data.corrupted_source import CorruptedSource, StampedSubset, reduced, spread_positions
+from fdkit.data.corrupted_source import CorruptedSource, reduced, spread_positions
 from fdkit.data.corruptions import corrupt
 from fdkit.data.sources import ArraySource, FolderSource
+from fdkit.data.subset import Subset
 from fdkit.errors import ConfigError
 
 
@@ -36,7 +37,7 @@ def test_images_are_corrupted_by_place_seed_name_and_severity_alone():
 
 def test_a_subset_of_corrupted_images_shows_what_the_whole_shows():
     whole = CorruptedSource(source(), "snow", 3)
-    part = StampedSubset(whole, [1, 4])
+    part = Subset(whole, [1, 4])
     assert np.array_equal(np.asarray(part.read(1)), np.asarray(whole.read(4)))
     assert part.labels.tolist() == [1, 0]
 
@@ -69,8 +70,8 @@ def test_stamps_differ_in_whatever_changes_pixels_and_in_nothing_else():
         CorruptedSource(clean, "fog", 1, short_side=20),
         CorruptedSource(clean, "fog", 0),
         CorruptedSource(source(4), "fog", 1),
-        StampedSubset(CorruptedSource(clean, "fog", 1), [0, 1]),
-        StampedSubset(CorruptedSource(clean, "fog", 1), [0, 2]),
+        Subset(CorruptedSource(clean, "fog", 1), [0, 1]),
+        Subset(CorruptedSource(clean, "fog", 1), [0, 2]),
         clean,
     ]
     assert len({kind.fingerprint for kind in kinds}) == len(kinds)
@@ -87,7 +88,7 @@ def test_a_changed_file_changes_the_stamp_of_a_part_of_its_corrupted_images(tmp_
     stamps = []
     for moment in (1_000_000_000, 1_100_000_000):
         os.utime(tmp_path / "a" / "1.png", ns=(moment * 10, moment * 10))
-        part = StampedSubset(CorruptedSource(FolderSource(tmp_path), "fog", 1), [0])
+        part = Subset(CorruptedSource(FolderSource(tmp_path), "fog", 1), [0])
         stamps.append((part.fingerprint, part.content_stamp))
     assert stamps[0][0] == stamps[1][0]
     assert stamps[0][1] != stamps[1][1]

@@ -12,11 +12,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from fdkit.errors import ConfigError, DataError, NumericsError
+from fdkit.evaluation._draws import validation_split
 from fdkit.evaluation._probe import Candidate
 from fdkit.evaluation._probe_data import CachedImages, compare
 from fdkit.evaluation._reading import Part
 from fdkit.evaluation.features import Features
-from fdkit.evaluation.linear import LinearConfig, choose, evaluate, validation_split
+from fdkit.evaluation.linear import LinearConfig, choose, evaluate
 
 
 def blobs(
@@ -338,6 +339,7 @@ MEMORY = """
 import resource, torch
 import fdkit.evaluation._probe as probe
 from fdkit.evaluation.features import Features
+from fdkit.evaluation._draws import validation_split
 from fdkit.evaluation.linear import LinearConfig, choose
 
 torch.set_num_threads(1)

@@ -10,11 +10,10 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 from fdkit.data.sources import open_source
 from fdkit.data.subset import Subset
 from fdkit.errors import ConfigError, DataError, NumericsError
-from fdkit.evaluation._draws import folds
+from fdkit.evaluation._draws import folds, validation_split
 from fdkit.evaluation._metrics import expected_calibration_error
 from fdkit.evaluation._statistics import bootstrap_interval
 from fdkit.evaluation.features import Features, extract_features
-from fdkit.evaluation.linear import validation_split
 from fdkit.evaluation.logistic import LogisticConfig, choose, evaluate
 from fdkit.teachers.loading import load_teacher
 
