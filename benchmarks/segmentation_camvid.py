@@ -1,4 +1,4 @@
-"""What the features of a real pretrained ViT-Tiny say about every pixel of street images (CamVid), by several protocols.
+"""What the features of a real ViT-Tiny say about every pixel of street images (CamVid), by several protocols.
 
 Patch-kNN without training; a linear head and UPerNet on the frozen network; both with the network trained too; and, as
 the control, a linear head on the same network with random weights. Every training sees the same number of images, so
