@@ -18,7 +18,9 @@ from torch import Tensor
 from fdkit.config import Config
 from fdkit.evaluation._metrics import Metrics, accuracies, rank_of_label
 from fdkit.evaluation._search import Method, default_blocks, resolve_method, search, search_all
+from fdkit.evaluation._subject import Subject
 from fdkit.evaluation.features import Features, paired
+from fdkit.models.collectives import world_size
 
 
 class KNNConfig(Config):
@@ -67,6 +69,12 @@ def evaluate(train: Features, test: Features, config: KNNConfig, *, sharded: boo
         "train": train.info,
         "test": test.info,
     }
+
+
+def measure(subject: Subject, config: KNNConfig) -> Metrics:
+    """What `evaluate` returns, of a model and its images; under torchrun each process searches a slice of train."""
+    train, test = subject.splits()
+    return evaluate(train, test, config, sharded=world_size() > 1)
 
 
 def predict(train: Features, queries: Tensor, *, k: int, temperature: float) -> Tensor:
