@@ -47,7 +47,7 @@ COMMANDS = {
         "fdkit segment MODEL --data PATH",
     ),
     "evaluate": CommandEntry(
-        "Measure a model: knn, linear.",
+        "Measure a frozen model: kNN, probes, few labels, retrieval and more.",
         "fdkit evaluate knn MODEL --data PATH",
         "evaluation",
     ),
@@ -141,7 +141,22 @@ def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:
         ]:
             print(
                 "\n"
-                + fill(f"recipes (--recipe NAME): {', '.join(recipes)}", width=100, subsequent_indent="  ")
+                + fill(
+                    f"recipes (--recipe NAME): {', '.join(recipes)}",
+                    width=100,
+                    subsequent_indent="  ",
+                    break_on_hyphens=False,
+                )
+            )
+        if protocols := [key for key, one in _protocols().items() if one.command == name]:
+            print(
+                "\n"
+                + fill(
+                    f"protocols (--protocol NAME): {', '.join(protocols)}",
+                    width=100,
+                    subsequent_indent="  ",
+                    break_on_hyphens=False,
+                )
             )
         print(f"\nfdkit {name} {choices[0]} --help shows every option.")
         sys.exit(0 if rest else 2)
@@ -181,8 +196,7 @@ def _pinned(kind: type[Config], arguments: list[str]) -> Values:
     protocol = _value_of("--protocol", arguments) if "protocol" in kind.model_fields else None
     if protocol is None:
         return {}
-    from fdkit.evaluation._protocols import find_protocol
-
+    find_protocol = import_module("fdkit.evaluation._protocols").find_protocol
     return {field: value for field, value in find_protocol(protocol).fields.items() if field != "recipe"}
 
 
@@ -201,10 +215,14 @@ def _recipe_of_protocol(kind: type[Config], arguments: list[str]) -> str | None:
     protocol = _value_of("--protocol", arguments) if "protocol" in kind.model_fields else None
     if protocol is None:
         return None
-    from fdkit.evaluation._protocols import find_protocol
-
-    found = find_protocol(protocol)
+    found = import_module("fdkit.evaluation._protocols").find_protocol(protocol)
     return found.choice if "recipe" in found.fields else None
+
+
+def _protocols() -> dict[str, Any]:
+    """The named protocols, which cost no import of torch."""
+    protocols: dict[str, Any] = import_module("fdkit.evaluation._protocols").PROTOCOLS
+    return protocols
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
