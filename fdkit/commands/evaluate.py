@@ -50,7 +50,8 @@ class EvaluateConfig(ModelOptions, Command):
     model: tyro.conf.Positional[str]
     """A catalog name, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file, a run folder, or demo."""
     data: str
-    """Labelled images: a folder with train/ and test/ (or val/, validation/) of class folders, digits, or demo."""
+    """Labelled images: a folder with train/ and test/ (or val/, validation/) of class folders, digits, or demo; for
+    patch-knn, a folder with images/ and masks/."""
     split: str = "test"
     """The split to measure on: test (the first of test/, val/, validation/ that is there) or a folder's name."""
     pooling: str = "auto"

@@ -75,7 +75,7 @@ def _teacher_sections(teachers: list[dict[str, Any]]) -> list[str]:
     """Who taught the student, and what their licences may mean for it."""
     terms = combined_terms(terms_of_identity(teacher) for teacher in teachers)
     whose = "the teacher's licence" if len(teachers) == 1 else "the teachers' licences"
-    notes = [f"The student learned from these features: {whose} ({terms.license}) may bind its use."]
+    notes = [f"What it knows comes from these weights: {whose} ({terms.license}) may bind its use."]
     if terms.is_noncommercial:
         forbidding = [teacher for teacher in teachers if terms_of_identity(teacher).is_noncommercial]
         names = ", ".join(f"{teacher.get('name')} ({teacher.get('license')})" for teacher in forbidding)
