@@ -8,7 +8,9 @@ from the true ones (Cauchy-Schwarz), and a sum of D products is off by at most a
 the best row that is no candidate falls short of the k-th similarity, the neighbours are proven. Queries where it might
 not are searched again in higher precision, until it does. Products are taken with rows minus a common centre, which
 moves all scores of a query alike: features that point one way lie close to it, so the error is small where they are.
-Source of the bound on a sum: Higham 2002 (Accuracy and stability of numerical algorithms), section 3.1.
+Nor is the fixed order followed where any other must round to the same float32, which is nearly everywhere.
+Sources: Higham 2002 (Accuracy and stability of numerical algorithms), section 3.1: the bound on a sum; Ziv 1991 (Fast
+evaluation of elementary mathematical functions with correctly rounded last bit): more work only where rounding asks it.
 """
 
 from collections.abc import Iterator
@@ -33,8 +35,10 @@ CENTRED_ON = 1024
 EXACT_ERROR = 64 * torch.finfo(torch.float64).eps
 """More than a similarity in float64 can be off."""
 NUM_SPARE = 64
-"""Candidates a query beyond 1.5 k, so that few queries are searched twice."""
-GROUP = 16
+"""Candidates a query beyond k, or half as many beyond 1.5 k, so that few queries are searched twice."""
+REACHES = 32
+"""Parts in which queries' further candidates are compared; the queries of one have about as many."""
+GROUP = 8
 """Scores looked at through their maximum before they are looked at one by one."""
 
 
@@ -118,7 +122,7 @@ def search(
     dtype = torch.bfloat16 if resolve_method(method, bank.device) == "bf16" else torch.float32
     for start in range(0, len(queries), blocks.queries):
         part = slice(start, start + blocks.queries)
-        found = searcher.nearest(asked.at(part), dtype, k + k // 2 + NUM_SPARE)
+        found = searcher.nearest(asked.at(part), dtype, k + max(NUM_SPARE, k // 2 + NUM_SPARE // 2))
         if sharded:
             found = _merged(found._replace(rows=found.rows + first), k, len(bank))
         yield found, part
@@ -194,10 +198,11 @@ class _Searcher:
         exact = torch.full_like(highest, -torch.inf)
         exact[:, :k] = self._similarity(queries, rows[:, :k])
         # Any k rows bound the k-th similarity from below, and few of the other candidates can reach that.
-        reach = highest >= exact[:, :k].amin(dim=1, keepdim=True)
-        reach[:, :k] = False
-        query, place = reach.nonzero(as_tuple=True)
-        exact[query, place] = self._similarity(queries.at(query), rows[query, place][:, None])[:, 0]
+        reaching = (highest >= exact[:, :k].amin(dim=1, keepdim=True)).sum(dim=1)
+        for alike in reaching.argsort().chunk(REACHES):
+            reached = slice(k, int(reaching[alike[-1]]))
+            if rows[alike, reached].numel() > 0:
+                exact[alike, reached] = self._similarity(queries.at(alike), rows[alike, reached])
         if with_first:
             first = torch.arange(k, device=rows.device).expand(len(rows), k)
             exact = torch.cat(
@@ -252,9 +257,21 @@ class _Searcher:
         return self._extents[dtype]
 
     def _similarity(self, queries: Vectors, rows: Tensor) -> Tensor:
-        """Cosines of each query with its own rows of the bank (Q, n), float32 (Q, n)."""
-        dots = self.exact.dots(queries.values, self.bank.values, rows)
-        return (dots / (queries.lengths[:, None] * self.bank.lengths[rows])).float()
+        """Cosines of each query with its own rows of the bank (Q, n), float32 (Q, n), as if summed in order."""
+        rough = self._cosines(queries, rows, in_order=False)
+        # Twice what two orders of summing can differ by. Where both ends round alike, so does the ordered sum.
+        error = 2 * self.bank.values.shape[1] * torch.finfo(torch.float64).eps
+        similarity = (rough - error).float()
+        query, place = (similarity != (rough + error).float()).nonzero(as_tuple=True)
+        if len(query) > 0:
+            pairs = queries.at(query), rows[query, place][:, None]
+            similarity[query, place] = self._cosines(*pairs, in_order=True)[:, 0].float()
+        return similarity
+
+    def _cosines(self, queries: Vectors, rows: Tensor, *, in_order: bool) -> Tensor:
+        """Their float64 cosines (Q, n), by ordered sums or by those of the fastest routine."""
+        dots = self.exact.dots(queries.values, self.bank.values, rows, in_order=in_order)
+        return dots.div_(queries.lengths[:, None] * self.bank.lengths[rows])
 
 
 class _Exact:
@@ -274,7 +291,7 @@ class _Exact:
             squares[start : start + len(part)] = _sum(work.mul_(work))
         return squares.sqrt_()
 
-    def dots(self, queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
+    def dots(self, queries: Tensor, bank: Tensor, rows: Tensor, *, in_order: bool) -> Tensor:
         """Dot products of each of queries (Q, D) with its own rows of the bank (Q, n), float64 (Q, n)."""
         dots = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
         num_columns = max(1, min(rows.shape[1], len(self.products)))
@@ -286,9 +303,9 @@ class _Exact:
                 chosen = rows[part, column : column + num_columns]
                 size = chosen.numel()
                 torch.index_select(bank, 0, chosen.flatten(), out=self.gathered[:size])
-                products = self.products[:size].view(*chosen.shape, -1)
-                torch.mul(self.gathered[:size].view(*chosen.shape, -1), factors, out=products)
-                dots[part, column : column + num_columns] = _sum(products)
+                work = self.products[:size].copy_(self.gathered[:size]).view(*chosen.shape, -1)
+                sums = _sum(work.mul_(factors)) if in_order else torch.bmm(work, factors.mT)[..., 0]
+                dots[part, column : column + num_columns] = sums
         return dots
 
 

@@ -132,6 +132,42 @@ def test_without_the_bound_bf16_would_be_wrong(monkeypatch, trusted):
     assert found.rows.tolist() != naive(queries, bank, 5)[1]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [-0.5, 0.5])
+def test_sums_in_any_order_give_the_bits_of_ordered_ones(monkeypatch, kind, share):
+    queries, bank = features(kind)
+    expected = search_all(queries, bank, 170)
+    ordered = disturb_other_sums(monkeypatch, share * 2 * 19 * 2**-52)
+    found = search_all(queries, bank, 170)
+    assert_same(found, expected)
+    assert bool(ordered) == (kind in ("long and short", "zeros", "sparse"))
+
+
+def disturb_other_sums(monkeypatch, error: float) -> list[int]:
+    """Cosines whose sums are in no fixed order get an error; the numbers of those in order are listed."""
+    right = _search._Searcher._cosines
+    ordered: list[int] = []
+
+    def disturbed(self, queries, rows, *, in_order):
+        if in_order:
+            ordered.append(rows.numel())
+            return right(self, queries, rows, in_order=True)
+        return right(self, queries, rows, in_order=True) + error
+
+    monkeypatch.setattr(_search._Searcher, "_cosines", disturbed)
+    return ordered
+
+
+def test_orders_of_summing_differ_by_less_than_half_their_bound():
+    queries, bank = features("pointing one way", width=769)
+    exact = _search._Exact(bank, SMALL)
+    searched, asked = (_search._measured(each, "", exact, sharded=False) for each in (bank, queries))
+    searcher = _search._Searcher(searched, 1, exact, SMALL)
+    rows = torch.arange(len(bank)).expand(len(queries), -1)
+    ordered, other = (searcher._cosines(asked, rows, in_order=each) for each in (True, False))
+    assert 0 < (ordered - other).abs().max() < 769 * 2**-52
+
+
 @pytest.mark.parametrize(
     ("dtype", "slack"), [(torch.bfloat16, 0.03), (torch.float32, 1e-4), (torch.float64, 2e-7)]
 )
