@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fdkit.errors import ConfigError
 from fdkit.models.backbone import Backbone
 from fdkit.models.masking import Split
-from fdkit.models.partial_block import block_rows
+from fdkit.models.partial_block import block_rows, block_shared
 from fdkit.models.patches import encode_visible, patchify, take_rows, unpatchify
 from fdkit.models.vit import MAE_TOKEN_STD, sincos_position, xavier_linear_layers
 
@@ -67,8 +67,13 @@ class PixelDecoder(nn.Module):
 
         tokens: (B, num_prefix_tokens + V, C), the encoder's, of the prefix and of `split.visible`.
         """
-        tokens = self._sequence(tokens, split)
         *blocks, last = self.blocks
+        if blocks and tokens.device.type == "cpu":
+            # Hidden patches enter alike in every image. A GPU may lose by the gather what it saves: not measured.
+            first, *blocks = blocks
+            tokens = block_shared(first, self._known(tokens, split), self._unknown(), split.hidden)
+        else:
+            tokens = self._sequence(tokens, split)
         for block in blocks:
             tokens = block(tokens)
         # The loss reads hidden patches alone: the last block's queries and MLP are not needed elsewhere.
@@ -89,10 +94,17 @@ class PixelDecoder(nn.Module):
 
         Attention knows no order, so the patches stay sorted by what they are, not by place.
         """
+        return torch.cat([self._known(tokens, split), self._unknown()[split.hidden]], dim=1)
+
+    def _known(self, tokens: Tensor, split: Split) -> Tensor:
+        """(B, P + V, width): the encoder's tokens, each with its position."""
         prefix_rows, rows = self.pos_embed[0].tensor_split([self.num_prefix_tokens])
-        known, unknown = self.embed(tokens), self.mask_token + rows[split.hidden]
-        prefix, visible = known.tensor_split([self.num_prefix_tokens], dim=1)
-        return torch.cat([prefix + prefix_rows, visible + rows[split.visible], unknown], dim=1)
+        prefix, visible = self.embed(tokens).tensor_split([self.num_prefix_tokens], dim=1)
+        return torch.cat([prefix + prefix_rows, visible + rows[split.visible]], dim=1)
+
+    def _unknown(self) -> Tensor:
+        """(h * w, width): what stands for each patch where it is hidden, the same in every image."""
+        return self.mask_token[0] + self.pos_embed[0, self.num_prefix_tokens :]
 
 
 class PatchStatistics(NamedTuple):

@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from fdkit.errors import ConfigError
 from fdkit.methods._network import NetworkConfig
 from fdkit.methods.mae import DEFAULTS, MAE, MAEConfig, build
 from fdkit.models.masking import split_patches
-from fdkit.models.patches import patchify
+from fdkit.models.patches import patchify, take_rows
+from fdkit.models.pixel_decoder import pixel_targets
 from fdkit.models.vit import mae_initialise
 
 TINY_VIT = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -158,6 +160,46 @@ def test_the_loss_matches_naive_loops(norm_pixels: bool, mask_ratio: float) -> N
 
 
 # --- the loss
+
+
+def plain_loss(method: MAE, pixels: Tensor, numbers: Tensor) -> Tensor:
+    """As first written: all patches are embedded and all are decoded and compared, every token through every block."""
+    network: Any = method.student.network
+    split = split_patches(numbers, method.num_visible)
+    images = method.student.normalise(pixels)
+    patches = network.patch_embed(images) + network.pos_embed[:, 1:]
+    first = (network.cls_token + network.pos_embed[:, :1]).expand(len(pixels), -1, -1)
+    tokens = network.norm(network.blocks(torch.cat([first, take_rows(patches, split.visible)], dim=1)))
+    predictions = method.decoder.predict_all(tokens, split)
+    errors = (predictions - pixel_targets(patchify(images, 4), norm_pixels=True)).square().mean(dim=-1)
+    return errors[split.is_hidden()].mean()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "mask_ratio"),
+    [("random", 0.75), ("random", 0.3), ("random", 0.9), ("block", 0.6), ("grid", 0.75)],
+)
+def test_three_steps_equal_those_of_the_plain_computation(sampling: Any, mask_ratio: float) -> None:
+    network = Network(architecture="vit_tiny_patch16_224", model_args=TINY_VIT)
+    config = MAEConfig(**{**DECODER, "decoder_depth": 3}, sampling=sampling, mask_ratio=mask_ratio)
+    ours = moved(build(config, CropConfig(image_size=16), network, seed=0))
+    plain = copy.deepcopy(ours)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-2) for one in (ours, plain)]
+    torch.manual_seed(4)
+    for count in (5, 2, 3):
+        pixels = torch.rand(count, 3, 16, 16, dtype=torch.float64)
+        numbers = ours.draw_noise(pixels)
+        losses = ours.predict(pixels, numbers)["loss"], plain_loss(plain, pixels, numbers)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-10, atol=0)
+        expected = grads(plain)
+        assert grads(ours).keys() == expected.keys()
+        for name, grad in grads(ours).items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-7, atol=1e-10, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def predicting(method: MAE, value: float) -> MAE:

@@ -1,13 +1,16 @@
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 
 from fdkit.errors import ConfigError
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Preprocessing
 from fdkit.models.libraries import build_timm
 from fdkit.models.masking import Split, split_patches
+from fdkit.models.partial_block import block_shared
 from fdkit.models.patches import patchify
 from fdkit.models.pixel_decoder import (
     PixelDecoder,
@@ -65,12 +68,12 @@ def test_predictions_are_those_of_mask_tokens_put_back_in_place() -> None:
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 3])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("depth", "visible"), [(1, 2), (2, 1), (2, 2), (2, 5), (3, 2)])
 def test_leaving_out_what_the_loss_ignores_changes_no_value_and_no_gradient(
-    num_prefix: int, depth: int
+    num_prefix: int, depth: int, visible: int
 ) -> None:
-    made, where = decoder(num_prefix_tokens=num_prefix, depth=depth), split()
-    encoded = tokens(num_prefix).requires_grad_()
+    made, where = decoder(num_prefix_tokens=num_prefix, depth=depth), split(visible)
+    encoded = tokens(num_prefix, visible).requires_grad_()
     rows = torch.arange(3)[:, None]
     grads, values = [], []
     for predict in (made, lambda *given: made.predict_all(*given)[rows, where.hidden]):
@@ -87,6 +90,93 @@ def test_leaving_out_what_the_loss_ignores_changes_no_value_and_no_gradient(
     assert len(grads[0]) == len(list(made.parameters()))  # all but the fixed positions, and the tokens
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], msg=name)
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3])
+def test_the_first_block_projects_each_hidden_place_once(num_blocks: int) -> None:
+    made = decoder(depth=num_blocks)
+    counts = counted(made)
+    made(tokens(), split())
+    # Three images of a class token and two patches, and six places; the last block projects by parts.
+    assert counts == [3 * (1 + 2), 6] + [3 * (1 + 6)] * (num_blocks - 2)
+
+
+def test_other_devices_than_the_cpu_project_every_row() -> None:
+    made = decoder(depth=2).to("meta")
+    counts = counted(made)
+    predicted = made(tokens().to("meta"), Split(*(index.to("meta") for index in split())))
+    assert (predicted.shape, counts) == ((3, 4, 48), [3 * (1 + 6)])
+
+
+def counted(made: PixelDecoder) -> list[int]:
+    """Grows by the number of rows whenever a block projects some to queries, keys and values."""
+    counts: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        counts.append(output[..., 0].numel())
+
+    for block in made.blocks:
+        block.attn.qkv.register_forward_hook(count)
+    return counts
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True, "scale_attn_norm": True}, {"init_values": 0.3}, {"qkv_bias": False}]
+)
+def test_a_block_of_shared_rows_equals_the_block_of_their_copies(
+    options: dict[str, Any], fused: bool
+) -> None:
+    block: Any = shaken(Block(8, 2, **{"qkv_bias": True, **options}), fused=fused)
+    own, shared = (torch.randn(*shape, 8, dtype=torch.float64) for shape in ((3, 2), (5,)))
+    assert_shared_equals_copies(block, own, shared)
+
+
+def test_a_gated_block_of_shared_rows_equals_the_block_of_their_copies() -> None:
+    from timm.layers import Attention
+
+    block: Any = Block(8, 2)
+    block.attn = Attention(8, 2, gated=True)
+    own, shared = (torch.randn(*shape, 8, dtype=torch.float64) for shape in ((3, 2), (5,)))
+    assert_shared_equals_copies(shaken(block), own, shared)
+
+
+def shaken(block: Any, *, fused: bool = True) -> Any:
+    """In float64, with no parameter left at zero or one."""
+    block = block.double()
+    block.attn.fused_attn = fused
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return block
+
+
+def assert_shared_equals_copies(block: nn.Module, own: Tensor, shared: Tensor) -> None:
+    """Values and every gradient; the second image repeats a row, and the last shared row stands nowhere."""
+    index = torch.tensor([[0, 2, 1, 3], [3, 3, 0, 1], [2, 1, 0, 3]])
+    own.requires_grad_()
+    shared.requires_grad_()
+    leaves = [own, shared, *block.parameters()]
+    outputs = block_shared(block, own, shared, index), block(torch.cat([own, shared[index]], dim=1))
+    results = [[output.detach(), *torch.autograd.grad(output.sin().sum(), leaves)] for output in outputs]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert not results[0][2][4].any()
+    assert results[0][2][:4].all()
+
+
+def test_gradients_of_shared_rows_are_summed_finely_under_autocast() -> None:
+    torch.manual_seed(0)
+    block, count = Block(8, 2, qkv_bias=True), 600
+    own, shared = torch.randn(1, 2, 8).expand(count, -1, -1), torch.randn(3, 8)
+    index = torch.tensor([[0, 2]]).expand(count, -1)
+    grads = []
+    for coarse in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
+            output = block_shared(block, own, shared, index)
+        grads.append(torch.autograd.grad(output.float().sin().sum(), list(block.attn.qkv.parameters())))
+    for fine, rough in zip(*grads, strict=True):  # 600 equal numbers summed in bfloat16 stop at 256 of them
+        assert (rough - fine).norm() < 0.05 * fine.norm()
 
 
 def test_the_decoder_starts_as_the_official_one() -> None:
