@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fdkit demo --output runs/demo --overwrite
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not distributed"

@@ -189,5 +189,7 @@ def test_real_vit_tiny_loads_whole(shared: Path) -> None:
     images = torch.rand(2, 3, 224, 224)
     tokens = teacher.encode(images).all()
     assert tokens.isfinite().all()
-    assert torch.allclose(tokens, expected.forward_features((images - 0.5) / 0.5), atol=1e-4)
+    wanted = expected.forward_features((images - 0.5) / 0.5)
+    # The folded statistics round otherwise; how much depends on the processor's vector instructions.
+    assert (tokens - wanted).abs().max() < 2e-5 * wanted.abs().max()
     assert teacher.sha256 in path.with_name("SHA256SUMS").read_text()
