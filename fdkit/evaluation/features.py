@@ -256,7 +256,11 @@ def paired(train: Features, test: Features) -> tuple[Features, Features]:
 
 def refuse_not_finite(features: Features, name: str) -> None:
     """Raises NumericsError naming how many of the `name` features hold a value that is not finite, and the first."""
-    checks = [block.isfinite().all(dim=1) for block in features.values.split(CHECKED_AT_ONCE)]
+    # A value that is not finite shows in the smallest or largest of its row; that is far quicker than looking at each.
+    checks = [
+        torch.stack([block.amin(dim=1), block.amax(dim=1)]).isfinite().all(dim=0)
+        for block in features.values.split(CHECKED_AT_ONCE)
+    ]
     bad = (~torch.cat(checks)).nonzero()[:, 0] if checks else torch.empty(0)
     if len(bad):
         raise NumericsError(
