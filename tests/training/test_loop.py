@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def wait_for_lines(folder: Path, count: int) -> None:
 
 def killable(folder: Path, workers: int) -> None:
     train_toy(
-        folder, method={"dropout": 0.3, "pause_seconds": 0.01}, workers=workers, train_epochs=16,
+        folder, method={"dropout": 0.3, "pause_seconds": 0.03}, workers=workers, train_epochs=16,
         train_log_every_steps=3, handle_signals=True,
     )  # fmt: skip
 
@@ -268,14 +269,17 @@ def wait_for_checkpoint(folder: Path, *, after: int) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_any_moment_it_ends_in_the_same_bits(workers: int, tmp_path: Path) -> None:
-    clock = random.Random(workers)
+    clock, hits = random.Random(workers), 0
     killable(tmp_path / "straight", 0)
     for kill in range(6):
         process = start(killable, tmp_path / "killed", workers)
         wait_for_checkpoint(tmp_path / "killed", after=4 * kill)
         time.sleep(clock.uniform(0, 0.15))
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # on a busy machine a run may be over before its kill
+            os.killpg(process.pid, signal.SIGKILL)
+            hits += 1
         process.join()
+    assert hits >= 4
     assert exit_codes([start(killable, tmp_path / "killed", workers)]) == [0]
     assert same_bits(final_weights(tmp_path / "straight"), final_weights(tmp_path / "killed"))
     assert untimed_metrics(tmp_path / "straight") == untimed_metrics(tmp_path / "killed")
