@@ -7,11 +7,11 @@ untrained, and trained from scratch on as many images as distillation and fine-t
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -73,6 +73,13 @@ class CompareConfig(Command):
     candidates are tuned alike."""
     scratch_epochs: float | None = Field(None, gt=0)
     """Epochs from scratch; left out, as many images as distillation and fine-tuning saw together."""
+    image_size: int | None = Field(None, ge=1)
+    """Height and width of the fine-tuned networks' input in pixels; none means each one's own."""
+    validate_every_epochs: float = Field(1, ge=0)
+    """Epochs between two measurements on images held out of train, by the last of which a rate is chosen; 0: none, and
+    all of train is trained on, at a single rate."""
+    recipe: str | None = Field(default=None, exclude=True)
+    """How to fine-tune: a YAML file, or a shipped recipe such as finetune/demo; flags win over it."""
     k: int = Field(20, ge=1)
     """Neighbours that vote in kNN."""
     temperature: float = Field(0.07, gt=0)
@@ -86,6 +93,16 @@ class CompareConfig(Command):
     loader: LoaderConfig = LoaderConfig()
     output: Path | None = Field(default=None, exclude=True)
     """Folder for the table, the figure and the fine-tuned runs; what is finished in it is not done again."""
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> Self:
+        if not self.validate_every_epochs and len(self.lr_factors) > 1:
+            raise ConfigError(
+                f"{len(self.lr_factors)} lr_factors are to be tried, and validate_every_epochs 0 holds out no images "
+                "to choose by",
+                "use --validate-every-epochs 1, or a single --lr-factors 1",
+            )
+        return self
 
 
 class Distillation(NamedTuple):
@@ -216,7 +233,7 @@ def add_finetuned(
             _finetune(config, distillation, candidate, factor=factor, epochs=epochs, folder=folder)
             for factor in config.lr_factors
         ]
-        best = max(runs, key=lambda one: one["validation_top1"])
+        best = max(runs, key=lambda one: one["validation_top1"]) if len(runs) > 1 else runs[0]
         predicted = json.loads((Path(best["run"]) / PREDICTIONS).read_text())
         right = torch.tensor(predicted["predicted"]) == torch.tensor(predicted["labels"])
         hits.setdefault(candidate, {})["finetune"] = right
@@ -248,6 +265,8 @@ def _finetune(
     lr = config.optim.lr * factor
     of_teacher = candidate == "teacher"
     loading = distillation.loading if of_teacher else {"pretrained": candidate != "scratch"}
+    if config.image_size is not None:
+        loading = {**loading, "image_size": config.image_size}
     settings = FinetuneConfig(
         model=distillation.teacher if of_teacher else str(distillation.folder),
         **loading,
@@ -261,6 +280,7 @@ def _finetune(
         supervised=config.supervised,
         views=config.views,
         train=config.train.model_copy(update={"epochs": epochs}),
+        validate_every_epochs=config.validate_every_epochs,
         optim=config.optim.model_copy(
             update={"lr": lr, "layer_decay": config.optim.layer_decay if candidate != "scratch" else None}
         ),
@@ -269,9 +289,10 @@ def _finetune(
     numbers = finetune.run(settings, handle_signals=False).numbers
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     watched = [row[WATCHED] for row in rows if WATCHED in row]
-    if not watched:
+    if not watched and config.validate_every_epochs:
         raise OutputError(f"{output}: no validation accuracy to choose by", "remove the folder and run again")
-    return {"run": str(output), "lr": lr, "validation_top1": watched[-1], "top1": numbers["top1"]}
+    chosen_by = watched[-1] if watched else None
+    return {"run": str(output), "lr": lr, "validation_top1": chosen_by, "top1": numbers["top1"]}
 
 
 def _rows(numbers: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -119,3 +119,9 @@ def test_a_folder_that_is_no_distillation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("method: mae\n")
     with pytest.raises(ConfigError, match=r"(?s)not distilled from one teacher.*--teacher"):
         read_distillation(CompareConfig(run=str(tmp_path), data="demo"))
+
+
+def test_several_rates_need_images_to_choose_by() -> None:
+    with pytest.raises(ConfigError, match="holds out no images to choose by"):
+        CompareConfig(run="runs/a", data="demo", validate_every_epochs=0)
+    CompareConfig(run="runs/a", data="demo", validate_every_epochs=0, lr_factors=(1.0,))
