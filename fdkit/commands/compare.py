@@ -312,7 +312,7 @@ def _show(numbers: dict[str, Any], folder: Path) -> None:
         return
     shown = [measure for measure in MEASURES if any(measure in row for row in numbers["candidates"])]
     table = Table(
-        title=f"accuracy on {numbers['num_test']} test images, with 95 % intervals", title_justify="left"
+        title=f"accuracy in % on {numbers['num_test']} test images, with 95 % intervals", title_justify="left"
     )
     table.add_column("")
     for measure in shown:
@@ -330,7 +330,7 @@ def _show(numbers: dict[str, Any], folder: Path) -> None:
 
 def _cell(measured: dict[str, Any]) -> str:
     low, high = measured["interval"]
-    return f"{100 * measured['top1']:.1f} % ({100 * low:.1f} - {100 * high:.1f})"
+    return f"{100 * measured['top1']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def compare(run_folder: str | Path, data: str | Path, **fields: Any) -> dict[str, Any]:
