@@ -63,9 +63,21 @@ def refuse_changes(protocol: Protocol, values: Mapping[str, Any]) -> None:
             )
 
 
+_FORWARD = {"image_size": None, "precision": "fp32"}
 _SGD = {"optimizer": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": [0.0], "init": "normal"}
 _CROPS = {"augment": "crop", "crop_scale": [0.08, 1.0]}
-_LINEAR = {**_SGD, **_CROPS, "inputs": ["all"], "normalization": "none", "lr_schedule": "cosine"}
+_LINEAR = {
+    **_FORWARD,
+    **_SGD,
+    **_CROPS,
+    "inputs": ["all"],
+    "normalization": "none",
+    "lr_schedule": "cosine",
+    "lr_steps": [],
+    "clip_grad": None,
+    "validation_ratio": 0.1,
+    "refit": True,
+}
 _DINO = {
     **_LINEAR,
     "lr": [0.001],
@@ -93,7 +105,7 @@ _MAE = {
     "layers": 1,
 }
 _DINOV2_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
-_KNN = {"k": [20, 10, 100, 200], "temperature": [0.07], "pooling": "cls", "layers": 1}
+_KNN = {**_FORWARD, "k": [20, 10, 100, 200], "temperature": [0.07], "pooling": "cls", "layers": 1}
 _ONE_BATCH_NORM = "batch statistics are those of the whole batch, the official ones of each GPU's 512 images"
 _UNPUBLISHED = "no configuration is released: rate, batch, epochs and warm-up are those of MAE's protocol"
 

@@ -15,7 +15,7 @@ from fdkit.data.sources import ImageSource, open_source
 from fdkit.data.subset import Subset
 from fdkit.data.views import Views
 from fdkit.errors import ConfigError
-from fdkit.evaluation._reading import Reading, parts_of, resolve_reading
+from fdkit.evaluation._reading import Part, Reading, parts_of, resolve_reading
 from fdkit.evaluation._store import FeatureStore, weights_digest
 from fdkit.evaluation.features import (
     Features,
@@ -75,6 +75,11 @@ class Subject:
         """SHA-256 of the network's weights, wherever they come from."""
         return weights_digest(self.teacher.backbone.network)
 
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Which columns of a feature are of which token and layer."""
+        return parts_of(self.teacher.backbone, self.reading, self.device)
+
     def source(self, split: str) -> ImageSource:
         """The images of a split of the data, opened once."""
         if split not in self._sources:
@@ -94,7 +99,7 @@ class Subject:
         labels, info = labels_of(source), identity(self.teacher, self.reading, self.extraction.precision)
         info["weights"] = self.weights
         backbone = self.teacher.backbone
-        parts = parts_of(backbone, self.reading, self.device)
+        parts = self.parts
         store = FeatureStore(self._root(), self._key(source), num_images=len(source), width=parts[-1].stop)
         views = evaluation_crop(backbone.preprocessing)
 
