@@ -80,6 +80,14 @@ class Subject:
         """Which columns of a feature are of which token and layer."""
         return parts_of(self.teacher.backbone, self.reading, self.device)
 
+    def refuse_reading(self, why: str) -> None:
+        """Raises ConfigError if tokens or layers were chosen where an evaluator reads its own; why: what it reads."""
+        given = self.extraction
+        if given.pooling != "auto" or given.layers != 1:
+            raise ConfigError(
+                f"pooling {given.pooling} and layers {given.layers} have no effect: {why}", "leave them out"
+            )
+
     def source(self, split: str) -> ImageSource:
         """The images of a split of the data, opened once."""
         if split not in self._sources:

@@ -23,6 +23,7 @@ from fdkit.errors import ConfigError, DataError
 from fdkit.evaluation._inputs import refuse_constant, refuse_unlabelled
 from fdkit.evaluation._metrics import Metrics
 from fdkit.evaluation._statistics import bootstrap_interval
+from fdkit.evaluation._subject import Subject
 from fdkit.evaluation.features import Features, paired, refuse_not_finite
 
 # Similarities at a time; sorting and measuring them takes about 50 bytes each.
@@ -87,6 +88,13 @@ def evaluate(train: Features, test: Features, config: RetrievalConfig) -> Metric
         **({} if within else {"train": train.info}),
         "test": test.info,
     }
+
+
+def measure(subject: Subject, config: RetrievalConfig) -> Metrics:
+    """What `evaluate` returns, of a model and its images; training images are read only if they are the gallery."""
+    test = subject.features(subject.split).to(subject.device)
+    train = subject.features("train").to(subject.device) if config.gallery == "train" else test
+    return evaluate(train, test, config)
 
 
 def rank(gallery: Features, queries: Features, *, within: bool) -> Ranking:

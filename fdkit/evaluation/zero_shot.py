@@ -69,6 +69,7 @@ def measure(subject: Subject, config: ZeroShotConfig) -> Metrics:
     Raises DataError without labels, ConfigError for a model without a text tower or a wrong file of class names,
     WeightsError if the text tower's weights cannot be had.
     """
+    subject.refuse_reading("zero-shot reads what is compared with the texts")
     source = subject.source(subject.split)
     labels_of(source)
     names = described(class_names(source), config.class_names)

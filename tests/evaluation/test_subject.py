@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.views import CropConfig, RandomCrop
 from fdkit.errors import ConfigError, DataError, NumericsError
-from fdkit.evaluation import knn
+from fdkit.evaluation import knn, retrieval
 from fdkit.evaluation._subject import Extraction, Subject
 from fdkit.evaluation.features import extract_features, paired
 from fdkit.models.backbone import Preprocessing
@@ -172,3 +173,17 @@ def test_several_processes_need_a_cache_they_share(photos: Path, monkeypatch: py
     monkeypatch.setattr("fdkit.evaluation._subject.world_size", lambda: 2)
     with pytest.raises(ConfigError, match="through the cache, and it is off"):
         subject(photos, cache=None).features("test")
+
+
+@pytest.mark.parametrize("changes", [{"pooling": "patches"}, {"layers": 2}])
+def test_a_choice_of_tokens_is_refused_where_it_has_no_effect(photos: Path, changes: dict[str, Any]) -> None:
+    subject(photos).refuse_reading("the head reads its own")
+    with pytest.raises(ConfigError, match="have no effect: the head reads its own"):
+        subject(photos, **changes).refuse_reading("the head reads its own")
+
+
+def test_retrieval_among_the_test_images_reads_no_training_image(photos: Path) -> None:
+    found = retrieval.measure(subject(photos), retrieval.RetrievalConfig(k=(1,)))
+    assert entries(photos) == 1
+    assert retrieval.measure(subject(photos), retrieval.RetrievalConfig(k=(1,), gallery="train")) != found
+    assert entries(photos) == 2
