@@ -28,7 +28,7 @@ def measure(way: str, model: str, num_images: int, batch_size: int) -> dict[str,
     import torch
 
     from fdkit.analysis.attention_distance import AttentionDistanceConfig, analyze
-    from fdkit.analysis.observe import Observed
+    from fdkit.analysis.observe import Images, Observed
     from fdkit.models.libraries import build_timm
 
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def measure(way: str, model: str, num_images: int, batch_size: int) -> dict[str,
     side = backbone.image_size
     sizes = [batch_size] * (num_images // batch_size)
     batches = (
-        torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(i))
+        Images(torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(i)))
         for i, size in enumerate(sizes)
     )
     if way == "streamed":
@@ -48,7 +48,7 @@ def measure(way: str, model: str, num_images: int, batch_size: int) -> dict[str,
         mean = None
         with torch.no_grad():
             for images in batches:
-                backbone(images)
+                backbone(images.pixels)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return {"way": way, "num_images": num_images, "peak_rss_gb": peak, "mean": mean}
 
@@ -57,18 +57,16 @@ def collected(backbone: Any, batches: Any) -> list[float]:
     """The same means from attention of all layers and images, kept until the end."""
     import torch
 
-    from fdkit.analysis.attention_distance import attention_distance, patch_distances
-    from fdkit.analysis.observe import num_attended_prefix_tokens, observe_attention, patch_grid
+    from fdkit.analysis.attention_distance import attention_distance
+    from fdkit.analysis.observe import Attention, observe_attention
 
-    kept: dict[int, list[torch.Tensor]] = {}
+    kept: dict[int, list[Attention]] = {}
     for images in batches:
-        observe_attention(
-            backbone, images, lambda layer, attention: kept.setdefault(layer, []).append(attention)
-        )
-    distances = patch_distances(patch_grid(backbone), backbone.patch_size)
-    prefix = num_attended_prefix_tokens(backbone)
+        observe_attention(backbone, images.pixels, lambda layer, one: kept.setdefault(layer, []).append(one))
     return [
-        attention_distance(torch.cat(layer), distances, num_prefix_tokens=prefix)[0].mean().item()
+        attention_distance(layer[0]._replace(weights=torch.cat([one.weights for one in layer])))
+        .renormalised.mean()
+        .item()
         for layer in kept.values()
     ]
 

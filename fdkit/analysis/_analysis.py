@@ -1,8 +1,13 @@
 """What an analysis is: one file in this folder, whose name is its name on the command line.
 
-The file holds a Config of its own, `analyze(observed, config) -> Analysis`, `draw(numbers, width)`, so that a report
-can draw a figure again from the saved numbers alone, and `summary(numbers)`: the title and the rows, header first, of a
-table for people.
+The file holds a Config of its own and
+
+- `analyze(observed, config) -> Analysis`;
+- `draw(numbers, width)`: the figure, from the saved numbers alone, so that a report can draw it again;
+- `summary(numbers)`: the title and the rows, header first, of a table for people;
+- `scalars(model)`: of one model's table of numbers, the few that say it shortly, name with unit -> value, by which
+  models are compared and a run is followed along its checkpoints; {} where a picture alone says it;
+- `READING`: one sentence that says how to read the figure.
 """
 
 from collections.abc import Callable
@@ -13,6 +18,6 @@ class Analysis(NamedTuple):
     """What an analysis found."""
 
     numbers: dict[str, Any]
-    """Plain data for JSON; "analysis" names the analysis, "models" holds one table a model."""
+    """Plain data for JSON; "analysis" names the analysis, "models" holds one table a model, each with its "name"."""
     figure: Callable[..., Any]
     """The matplotlib Figure that shows the numbers; takes `width` in inches, see `fdkit.analysis._figure`."""

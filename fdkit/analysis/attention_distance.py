@@ -1,4 +1,4 @@
-"""How far each head looks: the mean distance, in input pixels, between a patch and what it attends to.
+"""How far each head looks: the mean distance between a patch and what it attends to.
 
 Heads that all look equally far in a deep layer do the same work; heads spread over many distances are diverse.
 Feature distillation is known to spread them in deep layers.
@@ -6,39 +6,49 @@ Feature distillation is known to spread them in deep layers.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fdkit.analysis._analysis import Analysis
+from fdkit.analysis._attention import AttentionConfig, measure
 from fdkit.analysis._figure import BLUE, GREY, NARROW, ORANGE, WIDE, columns_of, in_style, panels, wrapped
-from fdkit.analysis.observe import (
-    Observed,
-    backbone_of,
-    num_attended_prefix_tokens,
-    observe_attention,
-)
-from fdkit.config import Config
-from fdkit.errors import ConfigError, DataError
-from fdkit.models.patches import patch_grid
+from fdkit.analysis.observe import Attention, Images, Observed
+from fdkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+READING = (
+    "Each dot is a head, and the line their mean: a layer whose dots lie low looks at its neighbourhood, one whose "
+    "dots lie high looks across the image, and a layer whose dots spread has heads that do different work."
+)
+Unit = Literal["pixels", "patches", "image"]
+UNIT_WORDS: dict[str, str] = {"pixels": "pixels", "patches": "patches", "image": "% of the image's side"}
 
-class AttentionDistanceConfig(Config):
+
+class AttentionDistanceConfig(AttentionConfig):
     """How attention distance is measured."""
 
     renormalise: bool = True
     """Attention among patches is scaled to sum to 1, so that attention to class and register tokens, which have no
-    place in the image, does not shorten distances; false keeps it as the softmax gave it."""
-    num_images: int = Field(default=128, ge=1)
-    """Images averaged over, the first ones of the data."""
-    batch_size: int = Field(default=8, ge=1)
-    """Images a forward pass; memory grows with it, and not with the number of images."""
+    place in the image, does not shorten distances; false keeps it as the softmax gave it. Both are in the numbers."""
+    unit: Unit = "pixels"
+    """Of figure and table: pixels of the model's own input, patches, or image, percent of its side, which alone
+    compares models of different input sizes. The numbers are in pixels and in patches."""
+
+
+class Distances(NamedTuple):
+    """Means over images and query patches, each (H,) float64; distances in the unit of the table."""
+
+    renormalised: Tensor
+    """Distance, each query's attention to patches scaled to sum to 1; a query that attends to none counts 0."""
+    as_attended: Tensor
+    """Distance, attention as the softmax gave it: what goes to prefix tokens counts as distance 0."""
+    on_prefix: Tensor
+    """Attention to tokens without a place in the image: class token, registers, padding."""
 
 
 def patch_distances(grid: tuple[int, int], patch_size: float) -> Tensor:
@@ -52,117 +62,209 @@ def patch_distances(grid: tuple[int, int], patch_size: float) -> Tensor:
     return (patch_size * offsets.norm(dim=-1)).float()
 
 
-def attention_distance(
-    attention: Tensor, distances: Tensor, *, num_prefix_tokens: int, renormalise: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Mean distance from a query patch to what it attends to, and mean attention to prefix tokens; both (H,) float64.
+def token_distances(places: Tensor, grid: tuple[int, int], stride: float) -> Tensor:
+    """(W, N, N) float32: distances in pixels between the tokens of each window, 0 where either has no place.
 
-    attention: (B, H, N, N), softmax over the last axis, prefix tokens first; prefix tokens' rows and columns are
-    dropped. distances: (n, n) between the n = N - num_prefix_tokens patches; the mean has its unit.
-    renormalise: rows are scaled to sum to 1 once the prefix columns are gone; a row with no attention left counts 0.
-    Raises ValueError if N does not fit.
+    places: (W, N), grid: (h, w) and stride as in `Attention`.
+    """
+    columns = grid[1]
+    centres = torch.stack([places // columns, places % columns], dim=-1).double()
+    distances = stride * (centres[:, :, None] - centres[:, None]).norm(dim=-1)
+    return (distances * _both_placed(places)).float()
+
+
+def uniform_distance(places: Tensor, grid: tuple[int, int], stride: float) -> float:
+    """The distance if every patch attended alike to all patches that it can see, in pixels."""
+    seen = _both_placed(places) & _lie_together(places, grid)
+    distances = token_distances(places, grid, stride).double()
+    per_query = (distances * seen).sum(-1) / seen.sum(-1).clamp_min(1)
+    return per_query[places >= 0].mean().item()
+
+
+def _both_placed(places: Tensor) -> Tensor:
+    return (places >= 0)[:, :, None] & (places >= 0)[:, None]
+
+
+def _lie_together(places: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(W, N, N): whether two tokens of a square window lie in the image as in the window; a shift joins some that do
+    not, which are masked.
+    """
+    side = round(places.shape[1] ** 0.5)
+    if len(places) == 1 or side**2 != places.shape[1]:
+        return torch.ones_like(_both_placed(places))
+    order = torch.arange(side**2, device=places.device)
+    rows, columns = places // grid[1] - order // side, places % grid[1] - order % side
+    return (rows[:, :, None] == rows[:, None]) & (columns[:, :, None] == columns[:, None])
+
+
+def attention_distance(attention: Attention, distances: Tensor | None = None) -> Distances:
+    """Mean distance from a query patch to what it attends to; queries and keys without a place are dropped.
+
+    distances: (W, N, N) between the tokens of each window; by default `token_distances`, in pixels.
+    Raises ValueError if their shape does not fit.
     Source: Dosovitskiy et al. 2021, appendix D.7, which leaves open how the class token is treated.
     """
-    num_patches = attention.shape[-1] - num_prefix_tokens
-    if distances.shape != (num_patches, num_patches):
+    weights, places = attention.weights, attention.places
+    batch_size, num_windows, num_heads, num_tokens, _ = weights.shape
+    if distances is None:
+        distances = token_distances(places, attention.grid, attention.stride)
+    if distances.shape != (num_windows, num_tokens, num_tokens):
         raise ValueError(
-            f"distances are {tuple(distances.shape)}, but {attention.shape[-1]} tokens with "
-            f"{num_prefix_tokens} prefix tokens leave {num_patches} patches"
+            f"distances are {tuple(distances.shape)}, but there are {num_windows} windows of {num_tokens} tokens"
         )
-    batch_size, num_heads = attention.shape[:2]
-    among_patches = attention[..., num_prefix_tokens:, num_prefix_tokens:].float()
-    by_query = among_patches.flatten(0, 1).transpose(0, 1)  # (n, B*H, n): one matrix product a query, no copy
-    weights = torch.stack([distances, torch.ones_like(distances)], dim=-1)  # (n, n, 2)
-    distance, mass = torch.bmm(by_query, weights.to(by_query.device)).double().unbind(-1)  # (n, B*H) each
-    if renormalise:
-        distance = distance / mass.clamp_min(torch.finfo(torch.float32).tiny)
-    shape = (num_patches, batch_size, num_heads)
-    return distance.view(shape).mean((0, 1)).cpu(), 1 - mass.view(shape).mean((0, 1)).cpu()
+    is_patch = places >= 0
+    table = torch.stack([distances, is_patch[:, None].expand_as(distances).to(distances.dtype)], dim=-1)
+    # (W*N, B*H, N): one matrix product a query, and for a single window no copy
+    by_query = weights.float().permute(1, 3, 0, 2, 4).reshape(num_windows * num_tokens, -1, num_tokens)
+    distance, mass = torch.bmm(by_query, table.flatten(0, 1).to(by_query.device)).double().unbind(-1)
+    kept = is_patch.flatten().to(by_query.device)
+    distance, mass = (part[kept].unflatten(1, (batch_size, num_heads)) for part in (distance, mass))
+    means = (distance / mass.clamp_min(torch.finfo(torch.float32).tiny), distance, 1 - mass)
+    return Distances(*(part.mean((0, 1)).cpu() for part in means))
+
+
+class DistanceStatistic:
+    """Gathers the distances of one model."""
+
+    def __init__(self) -> None:
+        self._layers: list[_Layer] = []
+        self._batch_size = 0
+
+    def begin(self, images: Images) -> None:
+        """A batch begins."""
+        self._batch_size = len(images.pixels)
+
+    def add(self, layer: int, attention: Attention) -> None:
+        """The attention of a layer."""
+        if layer == len(self._layers):
+            self._layers.append(_Layer(attention))
+        own = self._layers[layer]
+        # In place: small tensors made between large ones would keep the allocator from reusing memory.
+        own.sums += self._batch_size * torch.stack(attention_distance(attention, own.distances))
+        own.num_images += self._batch_size
+
+    def numbers(self) -> dict[str, Any]:
+        """See `analyze`."""
+        means = [Distances(*(layer.sums / layer.num_images)) for layer in self._layers]
+        strides = [layer.stride for layer in self._layers]
+        return {
+            "distance_renormalised": [one.renormalised.tolist() for one in means],
+            "distance_as_attended": [one.as_attended.tolist() for one in means],
+            "prefix_attention": [one.on_prefix.tolist() for one in means],
+            "uniform_distance": [layer.uniform for layer in self._layers],
+            "stride": strides,
+        }
+
+
+class _Layer:
+    """What is known of a layer, and the sums over images."""
+
+    def __init__(self, attention: Attention) -> None:
+        geometry = (attention.places, attention.grid, attention.stride)
+        self.distances = token_distances(*geometry)
+        self.uniform = uniform_distance(*geometry)
+        self.stride = attention.stride
+        self.sums = torch.zeros(3, attention.num_heads, dtype=torch.float64)
+        self.num_images = 0
+
+
+def statistic(observed: Observed, config: AttentionDistanceConfig) -> DistanceStatistic:
+    """What gathers the distances of a model."""
+    return DistanceStatistic()
 
 
 def analyze(observed: Sequence[Observed], config: AttentionDistanceConfig) -> Analysis:
     """Attention distance of every head of every model, averaged over images; memory does not grow with their number.
 
-    The numbers hold, for each model, "distance" as [[a number a head] a layer] in pixels of the model's own input,
-    its "mean" and "head_std" over the heads of a layer, "prefix_attention" in the same layout as "distance", and
-    "uniform_distance", the distance if every patch attended to all patches alike.
-    Raises ConfigError if a model's attention cannot be read, DataError if there are no images.
+    The numbers hold, for each model, "distance" as [[a number a head] a layer] in pixels of the model's own input: the
+    one of "distance_renormalised" and "distance_as_attended" that the configuration chooses, which stand beside it;
+    "distance_in_patches", the same in strides of the layer; its "mean" and "head_std" over the heads of a layer;
+    "prefix_attention" in the same layout; for each layer "uniform_distance", the distance if every patch attended to
+    all that it can see alike, and "stride", pixels between its patches.
+    Raises ConfigError if a model's attention cannot be read or pixels of different input sizes would be compared,
+    DataError if there are no images.
     """
     if not observed:
         raise ConfigError("attention distance needs a model")
+    return collect([measure(one, [statistic(one, config)], config)[0] for one in observed], config)
+
+
+def collect(models: Sequence[dict[str, Any]], config: AttentionDistanceConfig) -> Analysis:
+    """The analysis made of one table a model."""
+    sizes = {model["image_size"] for model in models}
+    if config.unit == "pixels" and len(sizes) > 1:
+        raise ConfigError(
+            f"pixels of different input sizes cannot stand in one figure: {_listed(models)}",
+            "use --unit image, percent of the image's side, or one size for all: --image-size 224",
+        )
+    name = "distance_renormalised" if config.renormalise else "distance_as_attended"
     numbers = {
         "analysis": "attention-distance",
         "unit": "pixel",
+        "shown_unit": config.unit,
         "renormalised": config.renormalise,
-        "models": [_measure(one, config) for one in observed],
+        "models": [_with_summary(model, name) for model in models],
     }
     return Analysis(numbers, partial(draw, numbers))
 
 
-def _measure(observed: Observed, config: AttentionDistanceConfig) -> dict[str, Any]:
-    backbone = backbone_of(observed.model)
-    distances = patch_distances(patch_grid(backbone), backbone.patch_size)
-    sums, num_images = _sum_over_images(observed, distances, config)
-    if num_images == 0:
-        raise DataError(f"there are no images to observe {observed.name} on")
-    per_layer = [one / num_images for one in sums]
+def _listed(models: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{model['name']} {model['image_size']}" for model in models)
+
+
+def _with_summary(model: dict[str, Any], name: str) -> dict[str, Any]:
+    distance = model[name]
+    heads = [torch.tensor(layer, dtype=torch.float64) for layer in distance]
     return {
-        "name": observed.name,
-        "distance": [distance.tolist() for distance, _ in per_layer],
-        "mean": [distance.mean().item() for distance, _ in per_layer],
-        "head_std": [distance.std(correction=0).item() for distance, _ in per_layer],
-        "prefix_attention": [prefix.tolist() for _, prefix in per_layer],
-        "uniform_distance": distances.double().mean().item(),
-        "patch_size": backbone.patch_size,
-        "image_size": backbone.image_size,
-        "num_images": num_images,
+        **model,
+        "distance": distance,
+        "distance_in_patches": [
+            [value / stride for value in layer]
+            for layer, stride in zip(distance, model["stride"], strict=True)
+        ],
+        "mean": [layer.mean().item() for layer in heads],
+        "head_std": [layer.std(correction=0).item() for layer in heads],
     }
 
 
-def _sum_over_images(
-    observed: Observed, distances: Tensor, config: AttentionDistanceConfig
-) -> tuple[list[Tensor], int]:
-    """For each layer, (2, H): distance and prefix attention summed over images; and the number of images."""
-    backbone = backbone_of(observed.model)
-    distances = distances.to(backbone.mean.device)
-    num_prefix_tokens = num_attended_prefix_tokens(backbone)
-    sums: list[Tensor] = []
-    num_images = 0
+def scalars(model: dict[str, Any]) -> dict[str, float]:
+    """The mean of all heads, and how much heads differ in the deeper half of the layers."""
+    deep = model["head_std"][len(model["head_std"]) // 2 :]
+    return {
+        "mean distance (pixels)": sum(model["mean"]) / len(model["mean"]),
+        "spread of heads in deep layers (pixels)": sum(deep) / len(deep),
+    }
 
-    def add(layer: int, attention: Tensor) -> None:
-        means = attention_distance(
-            attention, distances, num_prefix_tokens=num_prefix_tokens, renormalise=config.renormalise
-        )
-        if layer == len(sums):
-            sums.append(torch.zeros(2, attention.shape[1], dtype=torch.float64))
-        # In place: small tensors made between large ones would keep the allocator from reusing memory.
-        sums[layer] += len(attention) * torch.stack(means)
 
-    for images in observed.batches:
-        images = images[: config.num_images - num_images]
-        observe_attention(observed.model, images, add)
-        num_images += len(images)
-        if num_images >= config.num_images:
-            break
-    return sums, num_images
+def _shown(model: dict[str, Any], unit: str) -> list[float]:
+    """For each layer, what a distance in pixels is multiplied by."""
+    factors = {
+        "pixels": [1.0] * len(model["stride"]),
+        "patches": [1 / stride for stride in model["stride"]],
+        "image": [100 / model["image_size"]] * len(model["stride"]),
+    }
+    return factors[unit]
 
 
 def summary(numbers: dict[str, Any]) -> tuple[str, list[list[str]]]:
     """A table for people: its title, and its rows, the header first; the mean over heads of every layer."""
-    models = numbers["models"]
+    models, unit = numbers["models"], numbers["shown_unit"]
     header = ["layer", *(model["name"] for model in models)]
     rows = [
-        [str(layer + 1), *(_mean_of_heads(model, layer) for model in models)]
+        [str(layer + 1), *(_mean_of_heads(model, layer, unit) for model in models)]
         for layer in range(max(len(model["mean"]) for model in models))
     ]
-    return f"{numbers['analysis']}, {numbers['unit']}s, mean of heads ± spread", [header, *rows]
+    kept = "renormalised" if numbers["renormalised"] else "as attended"
+    title = f"{numbers['analysis']}, {kept}, {UNIT_WORDS[unit]}, mean of heads ± spread"
+    return title, [header, *rows]
 
 
-def _mean_of_heads(model: dict[str, Any], layer: int) -> str:
+def _mean_of_heads(model: dict[str, Any], layer: int, unit: str) -> str:
     """Empty for a layer that the model does not have."""
     if layer >= len(model["mean"]):
         return ""
-    return f"{model['mean'][layer]:.1f} ± {model['head_std'][layer]:.1f}"
+    factor = _shown(model, unit)[layer]
+    return f"{factor * model['mean'][layer]:.1f} ± {factor * model['head_std'][layer]:.1f}"
 
 
 @in_style
@@ -171,30 +273,42 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
 
     numbers: as `analyze` gives them; width: inches.
     """
-    models = numbers["models"]
+    models, unit = numbers["models"], numbers["shown_unit"]
     figure, axes = panels(len(models), width=width, share_y=True)
+    highest = 0.0
     for place, model in zip(axes, models, strict=True):
-        _draw_model(place, model)
+        highest = max(highest, _draw_model(place, model, _shown(model, unit)))
         place.set_title(wrapped(model["name"], figure))
-    highest = max(max(max(heads) for heads in model["distance"]) for model in models)
-    uniform = max(model["uniform_distance"] for model in models)
-    axes[0].set_ylim(0, 1.08 * max(highest, uniform))
+    axes[0].set_ylim(0, 1.08 * highest)
     for place in axes[:: columns_of(figure)]:
-        place.set_ylabel("attention distance (pixels)")
+        place.set_ylabel(f"attention distance ({UNIT_WORDS[unit]})")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3 if width > NARROW else 2)
     return figure
 
 
-def _draw_model(axes: "Axes", model: dict[str, Any]) -> None:
-    layers = range(1, len(model["distance"]) + 1)
-    depths = [layer for layer, heads in zip(layers, model["distance"], strict=True) for _ in heads]
-    values = [value for heads in model["distance"] for value in heads]
-    axes.axhline(
-        model["uniform_distance"], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="uniform attention"
+def _draw_model(axes: "Axes", model: dict[str, Any], factors: Sequence[float]) -> float:
+    """The largest value shown."""
+    layers = range(1, len(factors) + 1)
+    distance = [
+        [factor * value for value in heads] for factor, heads in zip(factors, model["distance"], strict=True)
+    ]
+    uniform = [factor * one for factor, one in zip(factors, model["uniform_distance"], strict=True)]
+    mean = [factor * one for factor, one in zip(factors, model["mean"], strict=True)]
+    depths = [layer for layer, heads in zip(layers, distance, strict=True) for _ in heads]
+    values = [value for heads in distance for value in heads]
+    edges = [0.5, *(layer + 0.5 for layer in layers)]
+    axes.step(
+        edges,
+        [uniform[0], *uniform],
+        color=GREY,
+        linestyle=(0, (4, 3)),
+        linewidth=1,
+        label="uniform attention",
     )
     axes.scatter(depths, values, s=20, color=BLUE, alpha=0.55, linewidths=0, zorder=2, label="a head")
-    axes.plot(layers, model["mean"], color=ORANGE, linewidth=2, zorder=3, label="mean of heads")
+    axes.plot(layers, mean, color=ORANGE, linewidth=2, zorder=3, label="mean of heads")
     axes.set_xlabel("layer")
     axes.set_xlim(0.4, len(layers) + 0.6)
     axes.locator_params(axis="x", integer=True)
+    return max(*values, *uniform)

@@ -5,8 +5,6 @@ A decoder trained on normalised pixels says nothing of a patch's brightness, so 
 true mean and deviation; the accuracy of such pictures is partly a gift, and stands beside that of the mean alone.
 """
 
-import base64
-import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -15,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 
 from fdkit.analysis._analysis import Analysis
 from fdkit.analysis._figure import NARROW, WIDE, in_style, new_figure
-from fdkit.analysis.observe import Observed
+from fdkit.analysis._pictures import image_from_text, image_to_text, to_pixels
+from fdkit.analysis.observe import Observed, first_images
 from fdkit.config import Config
-from fdkit.errors import ConfigError, DataError
+from fdkit.errors import ConfigError
 from fdkit.models.backbone import Backbone
 from fdkit.models.masking import Sampling, check_mask, draw_noise, num_visible, split_patches
 from fdkit.models.patches import patch_grid
@@ -38,9 +36,14 @@ DEFAULT_RATIO = 0.75
 MASK_GREY = 0.5
 GAP = 0.06
 """White space around an image of a figure, as a share of its side."""
-JPEG_QUALITY = 95
 SCALED = ", scaled"
 """Ends the title of a model whose predictions have been given their patches' own mean and deviation."""
+
+
+READING = (
+    "From left to right: what the model was given, what it made of the hidden patches, and the image as it is; a "
+    "PSNR well above the one without detail means that it recovers shapes, not only mean colours."
+)
 
 
 class ReconstructionConfig(Config):
@@ -91,6 +94,11 @@ def analyze(observed: Sequence[Observed], config: ReconstructionConfig) -> Analy
     return Analysis(numbers, partial(draw, numbers))
 
 
+def scalars(model: dict[str, Any]) -> dict[str, float]:
+    """How well hidden patches are filled in, and how well the best guess without any detail does."""
+    return {"PSNR (dB)": model["psnr"], "loss": model["loss"]}
+
+
 def summary(numbers: dict[str, Any]) -> tuple[str, list[list[str]]]:
     """A table for people: its title, and its rows, the header first."""
     header = ["model", "hidden", "loss", "PSNR", "PSNR without detail"]
@@ -118,26 +126,16 @@ def _measure(observed: Observed, config: ReconstructionConfig) -> dict[str, Any]
     generator = torch.Generator().manual_seed(config.mask_seed)
     sums, num_images = torch.zeros(3, dtype=torch.float64), 0
     pictures: list[dict[str, Any]] = []
-    for images in observed.batches:
-        images = images[: config.num_images - num_images]
+    for images in first_images(observed, config.num_images):
+        pixels = images.pixels
         noise = draw_noise(
-            len(images), mask.grid, sampling=mask.sampling, mask_ratio=mask.ratio, generator=generator
+            len(pixels), mask.grid, sampling=mask.sampling, mask_ratio=mask.ratio, generator=generator
         )
-        split = split_patches(noise.to(backbone.mean.device), num_visible(math.prod(mask.grid), mask.ratio))
-        made = reconstruct(
-            backbone,
-            trained.decoder,
-            images.to(backbone.mean.device),
-            split,
-            norm_pixels=mask.norm_pixels,
-        )
+        split = split_patches(noise.to(pixels.device), num_visible(math.prod(mask.grid), mask.ratio))
+        made = reconstruct(backbone, trained.decoder, pixels, split, norm_pixels=mask.norm_pixels)
         sums += torch.stack([made.error, *made.hidden_errors()]).double().sum(dim=1).cpu()
         pictures += _pictures(made, config.num_shown - len(pictures))
-        num_images += len(images)
-        if num_images >= config.num_images:
-            break
-    if num_images == 0:
-        raise DataError(f"there are no images to reconstruct with {observed.name}")
+        num_images += len(pixels)
     loss, error, reference_error = (sums / num_images).tolist()
     return {
         "name": observed.name,
@@ -178,7 +176,7 @@ def psnr(error: float) -> float:
 def _pictures(made: Reconstruction, count: int) -> list[dict[str, Any]]:
     """The first images as plain data: each column's picture as JPEG in base64."""
     return [
-        {name: _to_text(image) for name, image in zip(COLUMNS, panels_of(made, index), strict=True)}
+        {name: image_to_text(image) for name, image in zip(COLUMNS, panels_of(made, index), strict=True)}
         for index in range(min(count, len(made.original)))
     ]
 
@@ -188,18 +186,8 @@ def panels_of(made: Reconstruction, index: int) -> tuple[np.ndarray, np.ndarray,
     original, hidden = made.original[index], made.is_hidden[index]
     masked = torch.where(hidden, MASK_GREY, original)
     filled = torch.where(hidden, made.prediction[index], original)
-    panels = [(255 * one).round().byte().permute(1, 2, 0).cpu().numpy() for one in (masked, filled, original)]
+    panels = [to_pixels(one) for one in (masked, filled, original)]
     return panels[0], panels[1], panels[2]
-
-
-def _to_text(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _from_text(text: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
 @in_style
@@ -210,7 +198,7 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     """
     models = numbers["models"]
     panels = [
-        [tuple(_from_text(picture[name]) for name in COLUMNS) for picture in model["pictures"]]
+        [tuple(image_from_text(picture[name]) for name in COLUMNS) for picture in model["pictures"]]
         for model in models
     ]
     titles = [

@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 import tyro
 from pydantic import Field
-from torch import Tensor
 
+from fdkit.analysis.observe import Images, Observed
 from fdkit.config import C, Config, Values, find_recipe, read_yaml, recipe_names, validate
 from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.sources import ImageSource
@@ -104,13 +104,27 @@ def default_output(*parts: str) -> Path:
     return Path("runs") / "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
 
 
-def evaluation_images(
-    model: Teacher, source: ImageSource, loader: LoaderConfig, *, batch_size: int
-) -> Iterator[Tensor]:
-    """The model's own evaluation crops of the images in order, (B, 3, H, W) in [0, 1], batch by batch."""
-    views = evaluation_crop(model.backbone.preprocessing)
-    for batch in evaluation_batches(source, views, loader, batch_size=batch_size):
-        yield views.finish(batch.crops, batch.colour)[0]
+class EvaluationImages:
+    """The model's own evaluation crops of the images in order, batch by batch, anew in each iteration."""
+
+    def __init__(self, model: Teacher, source: ImageSource, loader: LoaderConfig, *, batch_size: int) -> None:
+        self.views = evaluation_crop(model.backbone.preprocessing)
+        self.source = source
+        self.loader = loader
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Images]:
+        for batch in evaluation_batches(self.source, self.views, self.loader, batch_size=self.batch_size):
+            pixels = self.views.finish(batch.crops, batch.colour)[0]
+            yield Images(pixels, batch.labels, batch.indices)
+
+
+def observe_on(
+    name: str, model: Teacher, source: ImageSource, loader: LoaderConfig, *, batch_size: int
+) -> Observed:
+    """A model to observe on the images of a source; name: what figures call it."""
+    images = EvaluationImages(model, source, loader, batch_size=batch_size)
+    return Observed(name, model, images, tuple(source.classes), source.describe)
 
 
 def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:

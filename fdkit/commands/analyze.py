@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fdkit.analysis._figure import save_figure
-from fdkit.analysis.observe import Observed
 from fdkit.commands._command import (
     Command,
     ModelOptions,
     config_of,
     default_output,
-    evaluation_images,
+    observe_on,
     plugin,
     plugins,
     refuse_existing,
@@ -78,7 +77,7 @@ def run(config: Any) -> Outcome:
     source = open_source(config.data, config.split)
     models = [config.load(name, seed=config.seed).to(device) for name in config.model]
     observed = [
-        Observed(name, model, evaluation_images(model, source, config.loader, batch_size=config.batch_size))
+        observe_on(name, model, source, config.loader, batch_size=config.batch_size)
         for name, model in zip(short_names(config.model), models, strict=True)
     ]
     analysis = plugin("analysis", config.analysis).analyze(observed, config)

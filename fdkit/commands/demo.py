@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table as TextTable
 
 from fdkit.analysis import attention_distance
-from fdkit.analysis.observe import Observed
 from fdkit.commands import distill as distill_command
 from fdkit.commands import pretrain as pretrain_command
-from fdkit.commands._command import Command, evaluation_images, resolve, write_result
+from fdkit.commands._command import Command, observe_on, resolve, write_result
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._story import Measured, Story, write_story
 from fdkit.config import Config
@@ -86,8 +85,7 @@ def run(config: DemoConfig) -> Outcome:
     console.print("measuring attention distance")
     images = splits.test or open_source(config.data, "all")
     observed = [
-        Observed(name, model, evaluation_images(model, images, LoaderConfig(), batch_size=32))
-        for name, model in models.items()
+        observe_on(name, model, images, LoaderConfig(), batch_size=32) for name, model in models.items()
     ]
     settings = attention_distance.AttentionDistanceConfig(num_images=NUM_ANALYZED)
     distances = attention_distance.analyze(observed, settings)

@@ -13,8 +13,12 @@ from fdkit.analysis.attention_distance import (
     attention_distance,
     draw,
     patch_distances,
+    scalars,
+    summary,
+    token_distances,
+    uniform_distance,
 )
-from fdkit.analysis.observe import Observed, observe_attention
+from fdkit.analysis.observe import Attention, Images, Observed, observe_attention
 from fdkit.errors import ConfigError, DataError
 from fdkit.models.libraries import build_timm
 
@@ -47,21 +51,28 @@ def by_loops(attention: Tensor, num_prefix_tokens: int, renormalise: bool) -> tu
     return distance, prefix
 
 
-def measured(attention: Tensor, num_prefix_tokens: int = 0, **options: bool) -> Tensor:
-    distances = patch_distances(GRID, PATCH)
-    return attention_distance(attention, distances, num_prefix_tokens=num_prefix_tokens, **options)[0]
+def seen(attention: Tensor, num_prefix_tokens: int = 0) -> Attention:
+    """Global attention (B, H, N, N) as it is observed."""
+    prefix = torch.full((num_prefix_tokens,), -1)
+    places = torch.cat([prefix, torch.arange(attention.shape[-1] - num_prefix_tokens)])
+    return Attention(attention[:, None], places[None], GRID, PATCH)
+
+
+def measured(attention: Tensor, num_prefix_tokens: int = 0, *, renormalise: bool = True) -> Tensor:
+    found = attention_distance(seen(attention, num_prefix_tokens))
+    return found.renormalised if renormalise else found.as_attended
 
 
 @pytest.mark.parametrize("num_prefix_tokens", [0, 1, 5])
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_equals_the_definition_on_an_unequal_grid(num_prefix_tokens, renormalise):
     attention = random_attention(num_prefix_tokens)
-    actual = attention_distance(
-        attention, patch_distances(GRID, PATCH), num_prefix_tokens=num_prefix_tokens, renormalise=renormalise
+    distance, prefix = by_loops(attention, num_prefix_tokens, renormalise)
+    torch.testing.assert_close(
+        measured(attention, num_prefix_tokens, renormalise=renormalise), distance, rtol=1e-5, atol=1e-6
     )
-    expected = by_loops(attention, num_prefix_tokens, renormalise)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    on_prefix = attention_distance(seen(attention, num_prefix_tokens)).on_prefix
+    torch.testing.assert_close(on_prefix, prefix, rtol=1e-5, atol=1e-6)
 
 
 def test_patch_distances_by_hand():
@@ -73,8 +84,30 @@ def test_patch_distances_by_hand():
 
 def test_a_grid_on_its_side_gives_other_distances():
     attention = random_attention(0)
-    swapped = attention_distance(attention, patch_distances(GRID[::-1], PATCH), num_prefix_tokens=0)[0]
+    swapped = attention_distance(seen(attention)._replace(grid=GRID[::-1])).renormalised
     assert not torch.allclose(measured(attention), swapped, rtol=1e-2)
+
+
+def test_windows_count_the_distance_in_the_image_not_in_the_window():
+    # Two windows of 2x2 on a 2x4 map, the second with padding for its last column.
+    places = torch.tensor([[0, 1, 4, 5], [2, -1, 6, -1]])
+    weights = torch.zeros(1, 2, 1, 4, 4)
+    weights[0, 0, 0, :, 3] = 1  # all of the first window look at place 5: sqrt 2, 1, 1 and 0 strides
+    weights[0, 1, 0, :, 0] = 0.5  # the second half at place 2, half at padding
+    weights[0, 1, 0, :, 1] = 0.5
+    found = attention_distance(Attention(weights, places, (2, 4), 10))
+    assert found.renormalised.item() == pytest.approx(10 * (math.sqrt(2) + 1 + 1 + 0 + 0 + 1) / 6)
+    assert found.as_attended.item() == pytest.approx(10 * (math.sqrt(2) + 1 + 1 + 0 + 0 + 0.5) / 6)
+    assert found.on_prefix.item() == pytest.approx(0.5 * 2 / 6)
+
+
+def test_uniform_distance_leaves_out_what_a_shift_joins():
+    beside = torch.tensor([[0, 1, 4, 5]])
+    assert uniform_distance(beside, (2, 4), 10) == pytest.approx(10 * (0 + 1 + 1 + math.sqrt(2)) / 4)
+    joined = torch.tensor([[3, 0, 7, 4], [1, 2, 5, 6]])  # columns 3 and 0 are neighbours in the window alone
+    separate = 10 * (0 + 1) / 2
+    together = 10 * (0 + 1 + 1 + math.sqrt(2)) / 4
+    assert uniform_distance(joined, (2, 4), 10) == pytest.approx((separate + together) / 2)
 
 
 def test_uniform_attention_gives_the_mean_distance_of_all_pairs():
@@ -101,10 +134,9 @@ def test_half_the_attention_on_the_class_token_halves_the_distance_unless_renorm
     attention[..., 0] = 0.5
     attention[..., 1:] = 0.5 / 15
     uniform = patch_distances(GRID, PATCH).double().mean().item()
-    distances = patch_distances(GRID, PATCH)
-    kept, prefix = attention_distance(attention, distances, num_prefix_tokens=1, renormalise=False)
-    assert kept.item() == pytest.approx(uniform / 2)
-    assert prefix.item() == pytest.approx(0.5)
+    found = attention_distance(seen(attention, 1))
+    assert found.as_attended.item() == pytest.approx(uniform / 2)
+    assert found.on_prefix.item() == pytest.approx(0.5)
     assert measured(attention, 1, renormalise=True).item() == pytest.approx(uniform)
 
 
@@ -123,9 +155,21 @@ def test_bounded_by_the_diagonal_and_blind_to_mirroring(shift, sharpness):
     torch.testing.assert_close(measured(attention.flip(-2, -1)), value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_grid_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="16 tokens with 0 prefix tokens leave 16 patches"):
-        measured(random_attention(1), 0)
+def test_distances_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"distances are \(15, 15\), but there are 1 windows of 16 tokens"):
+        attention_distance(seen(random_attention(1), 1), patch_distances(GRID, PATCH))
+
+
+def test_distances_between_tokens_are_those_between_their_patches():
+    places = torch.tensor([[-1, *range(15)]])
+    found = token_distances(places, GRID, PATCH)
+    assert torch.equal(found[0, 1:, 1:], patch_distances(GRID, PATCH))
+    assert not found[0, 0].any()
+    assert not found[0, :, 0].any()
+
+
+def batches(images: Tensor, sizes: int | list[int] = 8) -> list[Images]:
+    return [Images(part) for part in images.split(sizes)]
 
 
 def tiny(**args):
@@ -136,13 +180,14 @@ def test_numbers_equal_the_mean_over_images_however_they_are_batched():
     backbone, images = tiny(), torch.rand(5, 3, 64, 64)
     expected: list[Tensor] = []
 
-    def visit(layer: int, attention: Tensor) -> None:
-        distances = patch_distances((4, 4), 16)
-        expected.append(attention_distance(attention, distances, num_prefix_tokens=1)[0])
+    def visit(layer: int, attention: Attention) -> None:
+        expected.append(attention_distance(attention).renormalised)
 
     observe_attention(backbone, images, visit)
     for sizes in ([5], [2, 2, 1], [4, 1]):
-        found = analyze([Observed("vit", backbone, images.split(sizes))], AttentionDistanceConfig()).numbers
+        found = analyze(
+            [Observed("vit", backbone, batches(images, sizes))], AttentionDistanceConfig()
+        ).numbers
         model = found["models"][0]
         torch.testing.assert_close(
             torch.tensor(model["distance"]).double(), torch.stack(expected), rtol=1e-5, atol=1e-5
@@ -152,8 +197,8 @@ def test_numbers_equal_the_mean_over_images_however_they_are_batched():
 
 def test_numbers_are_plain_and_complete():
     models = [
-        Observed("a", tiny(), [torch.rand(2, 3, 64, 64)]),
-        Observed("b", tiny(depth=3), [torch.rand(2, 3, 64, 64)]),
+        Observed("a", tiny(), batches(torch.rand(2, 3, 64, 64))),
+        Observed("b", tiny(depth=3), batches(torch.rand(2, 3, 64, 64))),
     ]
     numbers = analyze(models, AttentionDistanceConfig(renormalise=False)).numbers
     assert json.loads(json.dumps(numbers)) == numbers
@@ -176,7 +221,7 @@ def test_registers_without_class_token_are_dropped_too():
     args = {"depth": 2, "img_size": 64, "embed_dim": 48, "num_heads": 3}
     backbone = build_timm("vit_little_patch16_reg1_gap_256", args)
     numbers = analyze(
-        [Observed("m", backbone, [torch.rand(1, 3, 64, 64)])], AttentionDistanceConfig()
+        [Observed("m", backbone, batches(torch.rand(1, 3, 64, 64)))], AttentionDistanceConfig()
     ).numbers
     assert all(0 < value < 1 for heads in numbers["models"][0]["prefix_attention"] for value in heads)
 
@@ -184,8 +229,8 @@ def test_registers_without_class_token_are_dropped_too():
 def test_stops_after_the_images_asked_for():
     images = torch.rand(6, 3, 64, 64)
     backbone = tiny()
-    few = analyze([Observed("m", backbone, images.split(2))], AttentionDistanceConfig(num_images=3))
-    same = analyze([Observed("m", backbone, [images[:3]])], AttentionDistanceConfig())
+    few = analyze([Observed("m", backbone, batches(images, 2))], AttentionDistanceConfig(num_images=3))
+    same = analyze([Observed("m", backbone, batches(images[:3]))], AttentionDistanceConfig())
     assert few.numbers["models"][0]["num_images"] == 3
     for one, other in zip(few.numbers["models"][0]["mean"], same.numbers["models"][0]["mean"], strict=True):
         assert one == pytest.approx(other, rel=1e-5)
@@ -200,8 +245,8 @@ def test_nothing_to_observe_is_refused():
 
 def test_figure_shows_every_head_of_every_model_on_one_axis():
     models = [
-        Observed("a", tiny(), [torch.rand(2, 3, 64, 64)]),
-        Observed("b", tiny(depth=3), [torch.rand(2, 3, 64, 64)]),
+        Observed("a", tiny(), batches(torch.rand(2, 3, 64, 64))),
+        Observed("b", tiny(depth=3), batches(torch.rand(2, 3, 64, 64))),
     ]
     analysis = analyze(models, AttentionDistanceConfig())
     figure = analysis.figure()
@@ -216,3 +261,30 @@ def test_figure_shows_every_head_of_every_model_on_one_axis():
     narrow = draw(analysis.numbers, width=3.7)
     bottoms = [axes.get_position().y0 for axes in narrow.axes]
     assert bottoms[0] > bottoms[1]
+
+
+def test_other_units_and_the_refusal_of_pixels_of_different_sizes():
+    models = [
+        Observed("a", tiny(), batches(torch.rand(2, 3, 64, 64))),
+        Observed("b", tiny(img_size=96), batches(torch.rand(2, 3, 96, 96))),
+    ]
+    with pytest.raises(ConfigError, match=r"pixels of different input sizes .* a 64, b 96"):
+        analyze(models, AttentionDistanceConfig())
+    analysis = analyze(models, AttentionDistanceConfig(unit="image"))
+    model = analysis.numbers["models"][1]
+    title, rows = summary(analysis.numbers)
+    assert "% of the image's side" in title
+    assert rows[1][2].startswith(f"{100 * model['mean'][0] / 96:.1f} ± ")
+    assert analysis.figure().axes[0].get_ylabel() == "attention distance (% of the image's side)"
+    patches = model["distance_in_patches"]
+    torch.testing.assert_close(torch.tensor(patches) * 16, torch.tensor(model["distance"]))
+
+
+def test_both_ways_of_treating_the_class_token_stand_in_the_numbers():
+    observed = [Observed("a", tiny(), batches(torch.rand(2, 3, 64, 64)))]
+    kept = analyze(observed, AttentionDistanceConfig(renormalise=False)).numbers["models"][0]
+    scaled = analyze(observed, AttentionDistanceConfig()).numbers["models"][0]
+    assert kept["distance"] == kept["distance_as_attended"] == scaled["distance_as_attended"]
+    assert scaled["distance"] == scaled["distance_renormalised"] == kept["distance_renormalised"]
+    assert kept["distance"] != scaled["distance"]
+    assert scalars(scaled)["mean distance (pixels)"] == pytest.approx(sum(scaled["mean"]) / 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdkit.analysis.observe import Observed
+from fdkit.analysis.observe import Images, Observed
 from fdkit.analysis.reconstruction import (
     COLUMNS,
     ReconstructionConfig,
@@ -33,7 +33,7 @@ def images(count: int = 5) -> Tensor:
 
 
 def observed(model: Teacher, count: int = 5, name: str = "one") -> Observed:
-    return Observed(name, model, iter(images(count).split(2)))
+    return Observed(name, model, [Images(part) for part in images(count).split(2)])
 
 
 # --- the numbers
@@ -102,10 +102,10 @@ def test_without_models_or_images_there_is_nothing_to_show(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="needs a model"):
         analyze([], ReconstructionConfig())
     teacher = load_teacher(str(tmp_path))
-    with pytest.raises(DataError, match="no images to reconstruct with one"):
-        analyze([Observed("one", teacher, iter([]))], ReconstructionConfig())
+    with pytest.raises(DataError, match="no images to observe one on"):
+        analyze([Observed("one", teacher, [])], ReconstructionConfig())
     with pytest.raises(ConfigError, match="one is an encoder alone"):
-        analyze([Observed("one", teacher.backbone, iter([images()]))], ReconstructionConfig())
+        analyze([Observed("one", teacher.backbone, [Images(images())])], ReconstructionConfig())
 
 
 # --- the figure
