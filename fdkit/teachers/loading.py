@@ -28,13 +28,14 @@ def load_teacher(
     """The teacher a MODEL names.
 
     name: a short name of the catalog; `timm:NAME`; `open_clip:ARCH/TAG`; `hf:ORG/REPO`; a file of weights
-        (.safetensors, .pth, .pt, .bin, ...); a run folder or a folder from the hub; or `demo`.
+        (.safetensors, .pth, .pt, .bin, ...); a run folder, or one of its checkpoints (RUN/checkpoints/step-00000200); a
+        folder from the hub; or `demo`.
     image_size: pixels the teacher is fed, None for its own size; position tables are resampled to it as the
         official code of its family does.
     pretrained: False builds catalog and library names with random weights, and says so loudly.
     architecture: for a file, the timm model, `open_clip:ARCH` or catalog name it belongs to; None recognises it.
     checkpoint_key: for a training checkpoint, which network of it, such as "student"; None is what the official
-        code evaluates.
+        code evaluates, or what the run exports.
     mean, std: statistics of RGB in [0, 1] in place of those known or assumed.
     seed: of random weights, so that a run with them can be repeated and resumed.
     keep_head: keep the model's own classifier (timm names and files of a named architecture; open_clip towers always

@@ -22,7 +22,8 @@ from fdkit.teachers.licensing import UNSTATED, forbids_commerce
 from fdkit.teachers.official import positions
 from fdkit.teachers.official._layout import state_in
 from fdkit.teachers.request import Loaded, Request
-from fdkit.teachers.run_folder import load_run
+from fdkit.teachers.run_checkpoint import checkpoint_at
+from fdkit.teachers.run_folder import load_checkpoint, load_run
 from fdkit.teachers.weights import WithoutInit, fit_library
 
 logger = logging.getLogger("fdkit")
@@ -58,6 +59,9 @@ def load_model(request: Request) -> Loaded:
     if kind == "hf":
         repo, _, revision = rest.partition("@")
         return _load_folder(fetch_repo(repo, revision or "main"), request)._replace(source=request.name)
+    checkpoint = checkpoint_at(path)
+    if checkpoint is not None:
+        return load_checkpoint(checkpoint, request)
     if path.is_dir():
         is_run = (path / WEIGHTS_FILE).is_file() or not is_model_folder(path)
         return load_run(path, request) if is_run else _load_folder(path.absolute(), request)
@@ -71,7 +75,7 @@ def load_model(request: Request) -> Loaded:
         f"unknown model {request.name}",
         hint=did_you_mean(request.name, CATALOG)
         or "a model is a short name (see `fdkit teachers`), timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a file of "
-        "weights, a run folder, or demo",
+        "weights, a run folder, a checkpoint in one, or demo",
     )
 
 

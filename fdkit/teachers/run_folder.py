@@ -1,10 +1,11 @@
-"""The student of a run folder, as a teacher."""
+"""The student of a run folder, finished or as it was at one of its checkpoints, as a teacher."""
 
 from pathlib import Path
 from typing import Any
 
 from fdkit.errors import ConfigError, WeightsError
-from fdkit.models.libraries import RECIPE_FILE, WEIGHTS_FILE, load_backbone, read_recipe
+from fdkit.models.backbone import Backbone
+from fdkit.models.libraries import RECIPE_FILE, WEIGHTS_FILE, build_backbone, check_state, read_recipe
 from fdkit.teachers.checkpoint_file import load_reading
 from fdkit.teachers.files import read_file, sha256_of
 from fdkit.teachers.licensing import terms_of_run
@@ -13,6 +14,14 @@ from fdkit.teachers.official import positions as resample
 from fdkit.teachers.official._plain_vit import fixed_positions
 from fdkit.teachers.official.bias_tables import geometric_bias
 from fdkit.teachers.request import Loaded, Request
+from fdkit.teachers.run_checkpoint import (
+    CHECKPOINTS,
+    MODEL_FILE,
+    list_checkpoints,
+    names_of,
+    network_state,
+    require_sound,
+)
 from fdkit.teachers.weights import State, check_finite
 
 
@@ -26,26 +35,69 @@ def load_run(folder: Path, request: Request) -> Loaded:
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise WeightsError(
-            f"{folder} holds no {WEIGHTS_FILE}: it is not the folder of a finished run",
-            hint="give the run folder itself, not one of its checkpoints, or a file of weights",
+            f"{folder} holds no {WEIGHTS_FILE}: it is not the folder of a finished run", _other_models(folder)
         )
+    backbone = _build(folder, read_file(weights), request, source=str(weights))
+    return _under_terms(backbone, folder, folder, weights)
+
+
+def load_checkpoint(path: Path, request: Request) -> Loaded:
+    """The network of a run as it was at a checkpoint; sizes and terms as for `load_run`.
+
+    That is the network the finished run hands on: the teacher of DINO and EsViT, the moving average of a fine-tuned
+    model that has one, else the student; `checkpoint_key` names another one. A run of `fdkit finetune --keep-best`
+    hands on the weights of its best validation, which may be another checkpoint than the last.
+    Raises WeightsError for a checkpoint that is not there, damaged, or of a run without student.json.
+    """
+    require_sound(path)
+    run = path.absolute().parent.parent
+    if not (run / RECIPE_FILE).is_file():
+        raise WeightsError(
+            f"{run} has no {RECIPE_FILE} yet, which says what network its checkpoints are of",
+            f"it is written when the run is done: continue it with --resume --output {run}",
+        )
+    state = network_state(path, request.checkpoint_key)
+    backbone = _build(run, state, request, source=str(path))
+    return _under_terms(backbone, path, run, path / MODEL_FILE)
+
+
+def _other_models(folder: Path) -> str:
+    """What could have been meant by a folder that holds no finished run, or what is to be done."""
+    run = folder.absolute().parent if folder.name == CHECKPOINTS else folder
+    if not list_checkpoints(run):
+        return "give a run folder, one of its checkpoints, or a file of weights"
+    if not (run / RECIPE_FILE).is_file():
+        return f"it has checkpoints ({names_of(run)}): continue it with --resume --output {run}"
+    return f"name one of its checkpoints, such as {list_checkpoints(run)[-1]}; there are {names_of(run)}"
+
+
+def _under_terms(backbone: Backbone, source: Path, run: Path, weights: Path) -> Loaded:
+    terms = terms_of_run(run)
+    return Loaded(backbone, str(source.absolute()), terms.license, sha256_of(weights), terms.is_noncommercial)
+
+
+def _build(run: Path, state: State, request: Request, *, source: str) -> Backbone:
+    """The network that a run's recipe describes, with these weights, at the size asked for."""
     if request.architecture:
-        raise ConfigError(f"an architecture is for a file of weights, and the run {folder} states its own")
-    recipe = read_recipe(folder / RECIPE_FILE)
-    terms = terms_of_run(folder)
+        raise ConfigError(f"an architecture is for a file of weights, and the run {run} states its own")
+    recipe = read_recipe(run / RECIPE_FILE)
     if recipe["library"] == "timm":
-        reading = _reading(recipe, read_file(weights), folder)
+        reading = _reading(recipe, state, run)
         own_size = recipe["preprocessing"]["image_size"]
         request = request._replace(image_size=request.image_size or own_size)
-        backbone = load_reading(reading, request, None, None, source=str(weights)).backbone
+        backbone = load_reading(reading, request, None, None, source=source).backbone
     else:
-        backbone = load_backbone(folder)
-        check_finite(backbone.network.state_dict(), source=str(weights))
+        backbone = build_backbone(recipe).eval()
+        check_state(backbone.network, state, source=source)
+        check_finite(state, source=source)
+        backbone.network.load_state_dict(state)
         if request.image_size not in (None, backbone.image_size):
             raise ConfigError(
-                f"image size {request.image_size}: the model of {folder} takes {backbone.image_size} pixels"
+                f"image size {request.image_size}: the model of {run} takes {backbone.image_size} pixels"
             )
-    return Loaded(backbone, str(folder.absolute()), terms.license, sha256_of(weights), terms.is_noncommercial)
+    if "classes" in recipe:
+        backbone.recipe["classes"] = recipe["classes"]
+    return backbone
 
 
 def _reading(recipe: dict[str, Any], state: State, folder: Path) -> Reading:

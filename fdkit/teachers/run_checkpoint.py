@@ -1,0 +1,104 @@
+"""The checkpoints of a run folder, read only: which there are, whether one is whole, and the networks it holds.
+
+A checkpoint is the folder `RUN/checkpoints/step-00000N`, as `fdkit.training.checkpoint` writes it: the tensors of the
+method in model.safetensors, and a manifest with the SHA-256 of every file.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fdkit.errors import ConfigError, WeightsError
+from fdkit.teachers.files import read_file, sha256_of
+from fdkit.teachers.weights import State
+
+CHECKPOINTS = "checkpoints"
+MODEL_FILE = "model.safetensors"
+MANIFEST_FILE = "manifest.json"
+EXPORTED_FIRST = ("averaged", "teacher", "student")
+"""What a finished run hands on is the first of these that the method has: the moving average of a fine-tuned model,
+the teacher of DINO and EsViT, else what took the gradient steps."""
+_NAMED = re.compile(r"step-\d+(\.corrupt-\d+)?")
+_STEP = re.compile(r"step-(\d{8,})")
+_NETWORK = re.compile(r"(\w+)\.network\.(.+)")
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """The folder of the checkpoint that a path names, whether it is there or not; None for any other path."""
+    folder = path.parent if path.name == MODEL_FILE else path
+    return folder if _NAMED.fullmatch(folder.name) and folder.absolute().parent.name == CHECKPOINTS else None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, first step first, whole or not; those set aside as damaged are left out."""
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Optimiser steps done when this checkpoint was written."""
+    return int(path.name.removeprefix("step-"))
+
+
+def names_of(run: Path) -> str:
+    """The checkpoints of a run in words, for messages."""
+    names = [path.name for path in list_checkpoints(run)]
+    return ", ".join(names) if names else "none"
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with the model of a checkpoint, in words; None if it has the SHA-256 that the manifest states.
+
+    The optimiser's state beside it is not looked at: no model is read from it.
+    """
+    weights = path / MODEL_FILE
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        wanted: dict[str, Any] = manifest["files"][MODEL_FILE]
+        if manifest["step"] != step_of(path):
+            return f"{MANIFEST_FILE} is of another checkpoint"
+        size = weights.stat().st_size
+        if size != wanted["size"]:
+            return f"{MODEL_FILE} has {size:,} bytes, not {wanted['size']:,}"
+        if sha256_of(weights) != wanted["sha256"]:
+            return f"the SHA-256 of {MODEL_FILE} is wrong"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST_FILE} cannot be read"
+    return None
+
+
+def require_sound(path: Path) -> None:
+    """Raises WeightsError for a checkpoint that is not there, was set aside, or is damaged, naming those there are."""
+    run = path.parent.parent
+    known = f"checkpoints of {run}: {names_of(run)}"
+    if not path.is_dir():
+        raise WeightsError(f"there is no checkpoint {path.name} in {path.parent}", known)
+    if not _STEP.fullmatch(path.name):
+        raise WeightsError(f"{path} was set aside because it is damaged", known)
+    damage = damage_of(path)
+    if damage is not None:
+        raise WeightsError(f"the checkpoint {path} is damaged: {damage}", known)
+
+
+def network_state(path: Path, key: str | None = None) -> State:
+    """The tensors of one network of a sound checkpoint, under the network's own names.
+
+    key: which of them, such as "student", "teacher" or "momentum_student"; None is what the finished run exports.
+    Raises ConfigError for one that is not there, WeightsError if there is none at all.
+    """
+    networks: dict[str, State] = {}
+    for name, value in read_file(path / MODEL_FILE).items():
+        found = _NETWORK.fullmatch(name)
+        if found is not None:
+            networks.setdefault(found[1], {})[found[2]] = value
+    chosen = key or next((name for name in EXPORTED_FIRST if name in networks), "")
+    if chosen in networks:
+        return networks[chosen]
+    if key is not None:
+        raise ConfigError(f"the checkpoint {path} holds no network {key}", f"it holds {', '.join(networks)}")
+    raise WeightsError(f"the checkpoint {path} holds no student")
