@@ -34,9 +34,17 @@ def effective_rank(features: Tensor) -> Tensor:
     hair. Rows are neither centred nor scaled, so a direction that all rows share counts, and counts for much.
     Rows of zeros alone have rank 1. Source: Garrido et al. 2023 (RankMe), equation 1: p = sigma / sum(sigma) + epsilon.
     """
-    sigma = torch.linalg.svdvals(_wide(features))
-    shares = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + RANK_EPSILON
-    return torch.exp(-(shares * shares.log()).sum())
+    return entropy_rank(torch.linalg.svdvals(_wide(features)))
+
+
+def entropy_rank(spectrum: Tensor, *, epsilon: float = RANK_EPSILON) -> Tensor:
+    """Exp of the entropy of numbers (K,) of at least 0, scaled to sum to 1 and lifted by epsilon; 1 if all are 0.
+
+    How many of them there are, were they equal: 1 to K. Source: Roy and Vetterli 2007 ("The effective rank"), section
+    2, with epsilon 0 for singular values.
+    """
+    shares = spectrum / spectrum.sum().clamp(min=torch.finfo(spectrum.dtype).tiny) + epsilon
+    return torch.exp(torch.special.entr(shares).sum())
 
 
 def alignment(first: Tensor, second: Tensor) -> Tensor:
