@@ -1,9 +1,13 @@
-"""One self-contained HTML page: no script, no remote asset, readable on a phone and in the dark."""
+"""One self-contained HTML page: no remote asset, readable on a phone, in the dark and on paper.
+
+Its policy lets no script run but the attention viewer's own, which it names by its hash, and loads nothing.
+"""
 
 import base64
+import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -68,6 +72,8 @@ class Section(NamedTuple):
     heading: str
     paragraphs: Sequence[str] = ()
     table: Table | None = None
+    viewer: Mapping[str, Any] | None = None
+    """Numbers of the analysis attention-viewer, to explore; one section of a page may have them."""
     pictures: Sequence[Picture] = ()
     gallery: Sequence[Thumbnail] = ()
     code: str = ""
@@ -114,8 +120,17 @@ def write_page(
 def render_page(
     title: str, *, lead: str, sections: Sequence[Section], facts: Sequence[tuple[str, str]] = ()
 ) -> str:
-    """The page as HTML. Every text is escaped."""
+    """The page as HTML. Every text is escaped, in the viewer's data too.
+
+    Raises ValueError if more than one section holds a viewer.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    num_viewers = sum(section.viewer is not None for section in sections)
+    if num_viewers > 1:
+        raise ValueError(f"a page holds one attention viewer, not {num_viewers}")
+    scripts = [(Path(__file__).parent / "viewer.js").read_text(encoding="utf-8")] if num_viewers else []
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -126,7 +141,20 @@ def render_page(
     )
     environment.filters |= {"data_uri": _data_uri, "cells": _cells}
     template = environment.get_template("page.html.j2")
-    return template.render(title=title, lead=lead, sections=sections, facts=facts)
+    return template.render(
+        title=title,
+        lead=lead,
+        sections=sections,
+        facts=facts,
+        scripts=[Markup(script) for script in scripts],
+        script_policy=Markup("".join(f"; script-src '{_policy_hash(script)}'" for script in scripts)),
+    )
+
+
+def _policy_hash(script: str) -> str:
+    """How a content security policy names a script, so that no other may run."""
+    digest = hashlib.sha256(script.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
 
 
 class _Cell(NamedTuple):

@@ -93,7 +93,9 @@ def test_nothing_is_loaded_from_elsewhere():
     page = Elements(text)
     policy = page.named("meta")[1]
     assert policy["http-equiv"] == "Content-Security-Policy"
-    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy["content"] == (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    )
     for attributes in page.named("img"):
         assert attributes["src"].startswith("data:image/")
     for attributes in page.named("source"):
