@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fdkit.analysis._analysis import Analysis
-from fdkit.analysis._attention import AttentionConfig, measure
-from fdkit.analysis._figure import BLUE, GREY, NARROW, ORANGE, WIDE, columns_of, in_style, panels, wrapped
+from fdkit.analysis._attention import AttentionConfig, measure, require_models
+from fdkit.analysis._depth import draw_heads
+from fdkit.analysis._figure import NARROW, WIDE, columns_of, in_style, panels, wrapped
 from fdkit.analysis.observe import Attention, Images, Observed
 from fdkit.errors import ConfigError
 
@@ -73,9 +74,12 @@ def token_distances(places: Tensor, grid: tuple[int, int], stride: float) -> Ten
     return (distances * _both_placed(places)).float()
 
 
-def uniform_distance(places: Tensor, grid: tuple[int, int], stride: float) -> float:
-    """The distance if every patch attended alike to all patches that it can see, in pixels."""
-    seen = _both_placed(places) & _lie_together(places, grid)
+def uniform_distance(
+    places: Tensor, grid: tuple[int, int], stride: float, visible: Tensor | None = None
+) -> float:
+    """The distance if every patch attended alike to all patches that it can see, in pixels; all as in `Attention`."""
+    placed = _both_placed(places)
+    seen = placed if visible is None else placed & visible
     distances = token_distances(places, grid, stride).double()
     per_query = (distances * seen).sum(-1) / seen.sum(-1).clamp_min(1)
     return per_query[places >= 0].mean().item()
@@ -83,18 +87,6 @@ def uniform_distance(places: Tensor, grid: tuple[int, int], stride: float) -> fl
 
 def _both_placed(places: Tensor) -> Tensor:
     return (places >= 0)[:, :, None] & (places >= 0)[:, None]
-
-
-def _lie_together(places: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(W, N, N): whether two tokens of a square window lie in the image as in the window; a shift joins some that do
-    not, which are masked.
-    """
-    side = round(places.shape[1] ** 0.5)
-    if len(places) == 1 or side**2 != places.shape[1]:
-        return torch.ones_like(_both_placed(places))
-    order = torch.arange(side**2, device=places.device)
-    rows, columns = places // grid[1] - order // side, places % grid[1] - order % side
-    return (rows[:, :, None] == rows[:, None]) & (columns[:, :, None] == columns[:, None])
 
 
 def attention_distance(attention: Attention, distances: Tensor | None = None) -> Distances:
@@ -162,7 +154,7 @@ class _Layer:
     def __init__(self, attention: Attention) -> None:
         geometry = (attention.places, attention.grid, attention.stride)
         self.distances = token_distances(*geometry)
-        self.uniform = uniform_distance(*geometry)
+        self.uniform = uniform_distance(*geometry, attention.visible)
         self.stride = attention.stride
         self.sums = torch.zeros(3, attention.num_heads, dtype=torch.float64)
         self.num_images = 0
@@ -184,8 +176,7 @@ def analyze(observed: Sequence[Observed], config: AttentionDistanceConfig) -> An
     Raises ConfigError if a model's attention cannot be read or pixels of different input sizes would be compared,
     DataError if there are no images.
     """
-    if not observed:
-        raise ConfigError("attention distance needs a model")
+    require_models(len(observed), "attention-distance")
     return collect([measure(one, [statistic(one, config)], config)[0] for one in observed], config)
 
 
@@ -289,26 +280,9 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
 
 def _draw_model(axes: "Axes", model: dict[str, Any], factors: Sequence[float]) -> float:
     """The largest value shown."""
-    layers = range(1, len(factors) + 1)
     distance = [
         [factor * value for value in heads] for factor, heads in zip(factors, model["distance"], strict=True)
     ]
     uniform = [factor * one for factor, one in zip(factors, model["uniform_distance"], strict=True)]
-    mean = [factor * one for factor, one in zip(factors, model["mean"], strict=True)]
-    depths = [layer for layer, heads in zip(layers, distance, strict=True) for _ in heads]
-    values = [value for heads in distance for value in heads]
-    edges = [0.5, *(layer + 0.5 for layer in layers)]
-    axes.step(
-        edges,
-        [uniform[0], *uniform],
-        color=GREY,
-        linestyle=(0, (4, 3)),
-        linewidth=1,
-        label="uniform attention",
-    )
-    axes.scatter(depths, values, s=20, color=BLUE, alpha=0.55, linewidths=0, zorder=2, label="a head")
-    axes.plot(layers, mean, color=ORANGE, linewidth=2, zorder=3, label="mean of heads")
-    axes.set_xlabel("layer")
-    axes.set_xlim(0.4, len(layers) + 0.6)
-    axes.locator_params(axis="x", integer=True)
-    return max(*values, *uniform)
+    draw_heads(axes, distance, uniform)
+    return max(*(value for heads in distance for value in heads), *uniform)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fdkit.errors import ConfigError, DataError
+from fdkit.errors import ConfigError, DataError, NumericsError
 from fdkit.models.backbone import Backbone, Tokens
 from fdkit.models.layers import list_layers
 from fdkit.models.patches import patch_grid
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 READABLE = (
     "attention is read of ViT, BEiT, EVA, DINOv3, Swin and Swin V2 of timm, and of CLIP of timm or open_clip"
 )
+ROW_SUM_TOLERANCE = 0.02
+"""A softmax in bfloat16 sums to 1 within this."""
 
 
 class Images(NamedTuple):
@@ -62,11 +64,49 @@ class Attention(NamedTuple):
     """(h, w): rows and columns of patches in this block."""
     stride: float
     """Input pixels between neighbouring patches."""
+    visible: Tensor | None = None
+    """(W, N, N) bool: whether a query sees a key; None where all tokens of a window see all. Windows that a shift
+    makes of parts from opposite edges hide the parts from each other."""
 
     @property
     def num_heads(self) -> int:
         """H."""
         return self.weights.shape[2]
+
+    @property
+    def is_patch(self) -> Tensor:
+        """(W, N) bool: which tokens are patches; the others are prefix tokens and padding."""
+        return self.places >= 0
+
+    def sees(self) -> Tensor:
+        """(W, N, N) bool: whether a query sees a key."""
+        num_windows, num_tokens = self.places.shape
+        if self.visible is not None:
+            return self.visible
+        return self.places.new_ones(num_windows, num_tokens, num_tokens, dtype=torch.bool)
+
+    def among_patches(self) -> Tensor:
+        """(B, H, h*w, h*w): attention of each patch of the map to each, row-major; 0 between different windows.
+
+        Rows sum to less than 1 by what prefix tokens and padding get. For large maps in windows this is large.
+        """
+        return on_map(self.weights.transpose(1, 2), self.places, self.grid[0] * self.grid[1])
+
+
+def on_map(weights: Tensor, places: Tensor, num_patches: int) -> Tensor:
+    """(..., h*w, h*w) of attention in windows (..., W, N, N): patches at their places, 0 between windows.
+
+    places: (W, N) as in `Attention`.
+    """
+    window, token = (places >= 0).nonzero(as_tuple=True)
+    queries = weights[..., window, token, :]  # (..., h*w, N), as every patch lies in one window
+    keys = places[window].clamp_min(0).expand(queries.shape)
+    queries = queries * (places[window] >= 0)
+    rows = torch.zeros(*queries.shape[:-1], num_patches, dtype=weights.dtype, device=weights.device)
+    rows.scatter_add_(-1, keys, queries)
+    whole = torch.zeros_like(rows)
+    whole[..., places[window, token], :] = rows
+    return whole
 
 
 Visit: TypeAlias = Callable[[int, Attention], None]
@@ -118,7 +158,7 @@ def observe_attention(model: "Backbone | Teacher", images: Tensor, visit: Visit)
     Raises ConfigError if the attention of a block cannot be read.
     """
     backbone = backbone_of(model)
-    reader = _Reader(visit, batch_size=len(images), layout=_global_layout(backbone))
+    reader = _Reader(visit, batch_size=len(images), layout=_global_layout(backbone, images))
     with _evaluating(backbone), _reading(backbone.network, reader):
         # Not the compiled call, if there is one: hooks must see each block.
         tokens: Tokens = backbone.forward(images.to(backbone.mean.device))
@@ -149,16 +189,59 @@ def observe_tokens(model: "Backbone | Teacher", images: Tensor) -> Tokens:
     return tokens
 
 
+@torch.no_grad()
+def observe_pooling(model: "Backbone | Teacher", tokens: Tokens) -> Tensor | None:
+    """Attention of the query by which a model pools its final tokens, (B, H, N); None if it pools otherwise.
+
+    tokens: all final tokens, as `observe_attention` returns them; N: those that the pooling reads, patches last, and
+    each row sums to 1. Several queries are averaged, as far as the model's own pooling averages them.
+    Raises ConfigError if the pooling cannot be read.
+    """
+    from timm.layers import AttentionPoolLatent
+
+    backbone = backbone_of(model)
+    network: Any = getattr(backbone.network, "trunk", backbone.network)
+    pooling = getattr(network, "attn_pool", None)
+    if not isinstance(pooling, AttentionPoolLatent):
+        return None
+    features = tokens.all()
+    if tokens.prefix.shape[1] != num_attended_prefix_tokens(backbone):
+        raise ConfigError(
+            f"{type(network).__name__} pools {num_attended_prefix_tokens(backbone)} register tokens by attention, "
+            "which are not among its final tokens"
+        )
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.append(output)
+
+    handles = [part.register_forward_hook(keep) for part in (pooling.q_norm, pooling.k_norm)]
+    try:
+        with _evaluating(backbone):
+            network.forward_head(features, pre_logits=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    query, key = seen
+    attention = (pooling.scale * query @ key.transpose(-2, -1)).softmax(-1)
+    return attention.mean(2) if pooling.pool == "avg" else attention[:, :, 0]
+
+
 class _Layout(NamedTuple):
     """Where the tokens of a block stand, see Attention."""
 
     places: Tensor
     grid: tuple[int, int]
     stride: float
+    visible: Tensor | None = None
 
 
-def _global_layout(backbone: Backbone) -> _Layout:
+def _global_layout(backbone: Backbone, images: Tensor) -> _Layout:
+    """Of all tokens together; images of a further size that the backbone takes as it is have a grid of their own."""
     rows, columns = patch_grid(backbone)
+    height, width = images.shape[-2:]
+    if height == width and height in backbone.sizes:
+        rows = columns = height // backbone.patch_size
     prefix = torch.full((num_attended_prefix_tokens(backbone),), -1)
     places = torch.cat([prefix, torch.arange(rows * columns)])
     return _Layout(places[None].to(backbone.mean.device), (rows, columns), float(backbone.patch_size))
@@ -185,18 +268,38 @@ class _Reader:
                 f"while all {num_tokens} tokens attending to all would be {expected}",
                 READABLE,
             )
+        _check_softmax(module, attention[0])
         weights = attention.unflatten(0, (self.batch_size, num_windows))
         self.visit(self.num_layers, Attention(weights, *layout))
         self.num_layers += 1
 
 
+def _check_softmax(module: nn.Module, attention: Tensor) -> None:
+    """Raises ConfigError if the rows of (H, N, N) are no distribution, NumericsError if they are not finite."""
+    sums = attention.sum(-1, dtype=torch.float32)
+    name = type(module).__name__
+    if not bool(sums.isfinite().all()):
+        raise NumericsError(
+            f"the attention of {name} holds values that are not finite",
+            "the weights are damaged, or overflow in this precision: use float32",
+        )
+    if float((sums - 1).abs().max()) > ROW_SUM_TOLERANCE:
+        raise ConfigError(
+            f"what {name} multiplies its values with does not sum to 1 for each query", READABLE
+        )
+
+
 @contextmanager
 def _evaluating(backbone: Backbone) -> Iterator[None]:
+    """The whole batch goes through in evaluation mode, in one part; afterwards all is as before."""
     modes = [(module, module.training) for module in backbone.modules()]
+    num_parts = backbone.num_parts
+    backbone.num_parts = 1
     backbone.eval()
     try:
         yield
     finally:
+        backbone.num_parts = num_parts
         for module, training in modes:
             module.training = training
 
@@ -209,8 +312,8 @@ def _reading(network: nn.Module, reader: _Reader) -> Iterator[None]:
     try:
         for module in fused:
             module.fused_attn = False
-        for module in network.modules():
-            handles += _attach(module, reader)
+        for name, module in network.named_modules():
+            handles += _attach(module, reader, stride=_stage_stride(network, name))
         yield
     finally:
         for handle in handles:
@@ -219,11 +322,20 @@ def _reading(network: nn.Module, reader: _Reader) -> Iterator[None]:
             module.fused_attn = True
 
 
-def _attach(module: nn.Module, reader: _Reader) -> list[RemovableHandle]:
+def _stage_stride(network: nn.Module, name: str) -> float:
+    """Input pixels between the tokens of a module of this name, where its network has stages and states them; or 0."""
+    owner, name = getattr(network, "trunk", network), name.removeprefix("trunk.")
+    for info in getattr(owner, "feature_info", None) or []:
+        if name.startswith(f"{info['module']}."):
+            return float(info["reduction"])
+    return 0.0
+
+
+def _attach(module: nn.Module, reader: _Reader, *, stride: float) -> list[RemovableHandle]:
     if isinstance(module, nn.MultiheadAttention):
         return _attach_multihead(module, reader)
     if _is_windowed_block(module):
-        return _attach_windows(module, reader)
+        return _attach_windows(module, reader, stride)
     if not hasattr(module, "attn_drop") and not hasattr(module, "fused_attn"):
         return []
     return _attach_dropout(module, reader)
@@ -236,15 +348,13 @@ def _is_windowed_block(module: nn.Module) -> bool:
     return isinstance(module, (SwinTransformerBlock, SwinTransformerV2Block))
 
 
-def _attach_windows(block: nn.Module, reader: _Reader) -> list[RemovableHandle]:
-    """While the block runs, the reader knows where the tokens of its windows stand."""
+def _attach_windows(block: nn.Module, reader: _Reader, stride: float) -> list[RemovableHandle]:
+    """While the block runs, the reader knows where the tokens of its windows stand; stride: see `Attention`."""
 
     def enter(block: nn.Module, args: tuple[Tensor]) -> None:
         height, width = args[0].shape[1:3]
-        layout = reader.global_layout
-        pixels = layout.grid[1] * layout.stride
-        places = _window_places(block, height, width).to(layout.places.device)
-        reader.windows = _Layout(places, (height, width), pixels / width)
+        places, visible = _window_places(block, height, width)
+        reader.windows = _Layout(places, (height, width), stride, visible)
 
     def leave(block: nn.Module, args: Any, output: Any) -> None:
         reader.windows = None
@@ -253,28 +363,35 @@ def _attach_windows(block: nn.Module, reader: _Reader) -> list[RemovableHandle]:
 
 
 class _SeenWindows(nn.Module):
-    """Stands in for a block's attention and keeps what it is given, (W, N, 1)."""
+    """Stands in for a block's attention and keeps what it is given: windows (W, N, 1) and their mask."""
 
     windows: Tensor
+    mask: Tensor | None
 
     def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.windows = windows
+        self.windows, self.mask = windows, mask
         return windows
 
 
-def _window_places(block: Any, height: int, width: int) -> Tensor:
-    """(W, N): which place of the map each token of each window is, from the block's own shift and partition.
+def _window_places(block: Any, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    """Places and visible of `Attention` for a map of this size, from the block's own shift, partition and mask.
 
     The number of every place takes the way of the tokens; padding brings zeros.
     """
-    numbers = torch.arange(1, height * width + 1, dtype=torch.float32, device=block.norm1.weight.device)
+    # float32 whatever the weights: a narrow type cannot hold the numbers
+    device = block.norm1.weight.device
+    numbers = torch.arange(1, height * width + 1, dtype=torch.float32, device=device)
     seen, attention = _SeenWindows(), block.attn
+    kept = dict(getattr(block, "masks", {}))
     block.attn = seen
     try:
         block._attn(numbers.view(1, height, width, 1))
     finally:
         block.attn = attention
-    return seen.windows.squeeze(-1).long() - 1
+        if hasattr(block, "masks"):
+            block.masks = kept
+    visible = None if seen.mask is None else seen.mask == 0
+    return seen.windows.squeeze(-1).long() - 1, visible
 
 
 def _attach_multihead(module: nn.MultiheadAttention, reader: _Reader) -> list[RemovableHandle]:

@@ -107,7 +107,11 @@ def test_uniform_distance_leaves_out_what_a_shift_joins():
     joined = torch.tensor([[3, 0, 7, 4], [1, 2, 5, 6]])  # columns 3 and 0 are neighbours in the window alone
     separate = 10 * (0 + 1) / 2
     together = 10 * (0 + 1 + 1 + math.sqrt(2)) / 4
-    assert uniform_distance(joined, (2, 4), 10) == pytest.approx((separate + together) / 2)
+    column = torch.tensor([0, 1, 0, 1])
+    visible = torch.stack([column[:, None] == column, torch.ones(4, 4, dtype=torch.bool)])
+    assert uniform_distance(joined, (2, 4), 10, visible) == pytest.approx((separate + together) / 2)
+    everything = 10 * (0 + 3 + 1 + math.hypot(3, 1)) / 4
+    assert uniform_distance(joined, (2, 4), 10) == pytest.approx((everything + together) / 2)
 
 
 def test_uniform_attention_gives_the_mean_distance_of_all_pairs():
@@ -239,7 +243,7 @@ def test_stops_after_the_images_asked_for():
 def test_nothing_to_observe_is_refused():
     with pytest.raises(DataError, match="no images to observe clip on"):
         analyze([Observed("clip", tiny(), [])], AttentionDistanceConfig())
-    with pytest.raises(ConfigError, match="needs a model"):
+    with pytest.raises(ConfigError, match="attention-distance needs a model"):
         analyze([], AttentionDistanceConfig())
 
 
