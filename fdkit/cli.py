@@ -135,7 +135,7 @@ def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:
     """The plug-in asked for, such as knn; its file name is its name."""
     choices = import_module(f"fdkit.commands.{name}").choices()
     if not rest or rest[0] in {"-h", "--help"}:
-        print(f"{entry.summary}\n\nusage: {entry.usage}\n\n{_described(entry.choices, choices)}")
+        print(f"{entry.summary}\n\nusage: {entry.usage}\n\n{_described(name, entry.choices, choices)}")
         if recipes := [
             recipe.partition("/")[2] for recipe in recipe_names() if recipe.startswith(f"{name}/")
         ]:
@@ -166,15 +166,20 @@ def _choice(name: str, entry: CommandEntry, rest: list[str]) -> str:
     return rest[0]
 
 
-def _described(package: str, choices: Sequence[str]) -> str:
+def _described(command: str, package: str, choices: Sequence[str]) -> str:
     """A line for every plug-in: its name and the first sentence of its file, which is read but not run."""
     folder = Path(__file__).parent / package
+    others: dict[str, str] = getattr(import_module(f"fdkit.commands.{command}"), "DESCRIPTIONS", {})
     width = max(len(choice) for choice in choices)
     lines = []
     for choice in choices:
-        words = ast.get_docstring(ast.parse((folder / f"{choice.replace('-', '_')}.py").read_text())) or ""
-        lines.append(f"  {choice:<{width}}  {words.splitlines()[0]}")
+        words = others.get(choice) or _first_line(folder / f"{choice.replace('-', '_')}.py")
+        lines.append(f"  {choice:<{width}}  {words}")
     return "\n".join(lines)
+
+
+def _first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
 def _parse(kind: type[Config], arguments: list[str], name: str, choice: str) -> Config:

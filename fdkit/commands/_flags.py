@@ -1,4 +1,4 @@
-"""Flags: every field of a configuration, nested ones with a dot, as tyro shows and reads them.
+"""Flags: every field of a configuration, nested ones with a dot, as tyro shows and reads them, and the way back.
 
 tyro only turns words into values of the right type; what may be given is decided by the configuration itself, so
 that a flag and a recipe are refused in the same words.
@@ -6,6 +6,7 @@ that a flag and a recipe are refused in the same words.
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
@@ -139,3 +140,30 @@ def _switches(kind: type[Config], prefix: str = "") -> Iterator[str]:
             yield from _switches(nested, f"{prefix}{name}.")
         elif field.annotation is bool:
             yield f"{prefix}{name}"
+
+
+def command_line(config: Config, command: str, choice: str = "") -> str:
+    """What to type to get this configuration again: its models, and every flag that differs from its default.
+
+    Fields that are no part of a configuration file, such as --output, are left out.
+    """
+    positional = getattr(config, "model", ())
+    models = [positional] if isinstance(positional, str) else list(positional)
+    words = ["fdkit", *command.split(), *([choice] if choice else []), *models]
+    return shlex.join([*words, *_flag_words(config, "--")])
+
+
+def _flag_words(config: Config, prefix: str) -> Iterator[str]:
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        flag = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, Config):
+            yield from _flag_words(value, f"{flag}.")
+        elif name == "model" or field.exclude or value == field.get_default(call_default_factory=True):
+            continue
+        elif _is_mapping(field):
+            yield from (flag, json.dumps(value))
+        elif isinstance(value, bool):
+            yield from (flag, str(value).lower())
+        else:
+            yield from (flag, *(str(one) for one in (value if isinstance(value, (tuple, list)) else [value])))
