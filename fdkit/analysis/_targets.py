@@ -21,7 +21,7 @@ WHITENING_WORDS: dict[str, str] = {
     "layernorm": "whitened per token",
     "batch": "whitened per channel",
     "l2": "scaled to length 1",
-    "none": "as the model gives them",
+    "none": "as given",
 }
 
 

@@ -215,6 +215,8 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
 
     numbers: as `analyze` gives them; width: inches. Channels that do not vary have no place on a logarithmic axis.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
+
     models, kind = numbers["models"], numbers["shown_whitening"]
     figure, axes = panels(len(models), width=width, share_y=True)
     for place, model in zip(axes, models, strict=True):
@@ -223,9 +225,14 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
             share = [100 * (rank + 0.5) / model["width"] for rank in range(len(std))]
             place.plot(share, std, color=colour, linewidth=2, label=WHITENING_WORDS[name])
         place.set_yscale("log")
+        place.yaxis.set_major_formatter("{x:g}")
         place.set_xlim(0, 100)
         place.set_xlabel("channels, most varied first (%)")
         place.set_title(wrapped(model["name"], figure))
+    low, high = axes[0].get_ylim()
+    if high < 100 * low:  # tens alone would leave the axis almost without numbers
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].yaxis.set_minor_locator(NullLocator())
     for place in axes[:: columns_of(figure)]:
         place.set_ylabel("standard deviation of a channel")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -147,7 +147,7 @@ def test_numbers_are_plain_and_the_figure_shows_them():
     title, rows = summary(numbers)
     assert "target-statistics" in title
     assert [row[:2] for row in rows[1:3]] == [
-        ["a", "as the model gives them"],
+        ["a", "as given"],
         ["a", "scaled to length 1"],
     ]
 
