@@ -24,3 +24,13 @@ def to_pixels(image: Tensor) -> np.ndarray:
     """(H, W, 3) uint8 of an image (3, H, W) in [0, 1]."""
     pixels: np.ndarray = (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()
     return pixels
+
+
+def map_to_text(values: np.ndarray) -> str:
+    """A table of numbers as base64 of little-endian float16, row-major: 3 digits of each, 2.7 characters."""
+    return base64.b64encode(values.astype("<f2").tobytes()).decode("ascii")
+
+
+def map_from_text(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The table (float32) of this shape that `map_to_text` wrote."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float32).reshape(shape)
