@@ -19,5 +19,5 @@ def line_of(number: int) -> dict[str, Any]:
 
 
 def marker_of(number: int) -> str:
-    """The marker of the model of this number, from 0: a second sign beside the colour."""
-    return _MARKERS[number % len(_MARKERS)]
+    """The marker of the model of this number, from 0: a second sign beside the colour, another where that comes again."""
+    return _MARKERS[(number + number // len(PALETTE)) % len(_MARKERS)]
