@@ -99,9 +99,10 @@ def _is_finite(numbers: Any) -> bool:
 
 
 class LayerMeans:
-    """Means over images of what each layer gives, in float64 on the CPU."""
+    """Means over images of what each layer gives, on the CPU; dtype: of the sums."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self._dtype = dtype
         self._sums: list[Tensor] = []
         self._num_images: list[int] = []
 
@@ -112,10 +113,10 @@ class LayerMeans:
     def add(self, layer: int, means: Tensor, num_images: int) -> None:
         """means: of the images of one batch, of any shape, the same each time."""
         if layer == len(self._sums):
-            self._sums.append(torch.zeros(means.shape, dtype=torch.float64))
+            self._sums.append(torch.zeros(means.shape, dtype=self._dtype))
             self._num_images.append(0)
         # In place: small tensors made between large ones would keep the allocator from reusing memory.
-        self._sums[layer].add_(means.double().cpu(), alpha=num_images)
+        self._sums[layer].add_(means.to(self._dtype).cpu(), alpha=num_images)
         self._num_images[layer] += num_images
 
     def means(self) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """How a number of each layer, or of each head of each layer, is drawn over the depth of a model."""
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from fdkit.analysis._figure import BLUE, GREY, ORANGE, PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DASHED = (0, (4, 3))
 _LINES = (("-", "o"), (DASHED, "s"), ((0, (1, 1.5)), "^"))
@@ -39,22 +41,46 @@ def draw_heads(
 
 def draw_models(
     axes: "Axes",
-    values: Mapping[str, Sequence[float | None]],
-    references: Mapping[str, Sequence[float]] | None = None,
+    names: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    references: Sequence[Sequence[float]] | None = None,
 ) -> None:
-    """A line a model over its layers, gaps where there is None, and thin dashed ones of the same colour as reference.
+    """A line a model over its layers, with gaps where there is None.
 
-    values, references: a number a layer, by the model's name. Models beyond the palette differ by line and mark.
+    values: [[a number a layer] a model]; references: the same, drawn thin and dashed in the colour of the model.
+    Models beyond the palette differ by line and mark.
     """
     styles = [(colour, *line) for line, colour in product(_LINES, PALETTE)]
-    for number, (name, numbers) in enumerate(values.items()):
+    for number, (name, numbers) in enumerate(zip(names, values, strict=True)):
         colour, line, mark = styles[number % len(styles)]
         layers = range(1, len(numbers) + 1)
         shown = np.array(numbers, dtype=float)
-        axes.plot(layers, shown, color=colour, linestyle=line, marker=mark, markersize=4, label=name)
+        axes.plot(
+            layers, shown, color=colour, linestyle=line, linewidth=1.8, marker=mark, markersize=4, label=name
+        )
         if references is not None:
-            axes.plot(layers, references[name], color=colour, linestyle=DASHED, linewidth=0.9)
-    label_layers(axes, max(len(numbers) for numbers in values.values()))
+            axes.plot(layers, references[number], color=colour, linestyle=DASHED, linewidth=0.9)
+    label_layers(axes, max(len(numbers) for numbers in values))
+
+
+def model_legend(figure: "Figure", axes: "Axes", note: str = "") -> None:
+    """A legend of the lines of `draw_models` below the figure, in as many columns as its names let stand.
+
+    note: what the thin dashed lines are.
+    """
+    from matplotlib.lines import Line2D
+
+    width = figure.get_figwidth()
+    handles, names = axes.get_legend_handles_labels()
+    if note:
+        handles, names = (
+            [*handles, Line2D([], [], color=GREY, linestyle=DASHED, linewidth=0.9)],
+            [*names, note],
+        )
+    names = [textwrap.fill(name, width=round(11 * width)) for name in names]
+    longest = max(len(line) for name in names for line in name.splitlines())
+    columns = max(1, min(len(names), int(13 * width // (longest + 6))))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 def label_layers(axes: "Axes", num_layers: int) -> None:
