@@ -32,6 +32,8 @@ READING = (
 LARGEST_SIDE = 16
 """Rows and columns of patches that a stored map has at most; a larger one is averaged over areas."""
 NUM_SHOWN = 4
+NAME_HEIGHT = 0.2
+"""Inches of a row of the figure that holds a model's name."""
 
 
 class AttentionMapsConfig(AttentionConfig):
@@ -296,45 +298,52 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     models = numbers["models"]
     is_wide = width > NARROW
     across, num_line_rows = (NUM_SHOWN, 1) if is_wide else (2, 2)
-    rows = [
-        (model, model["maps"][start : start + across])
-        for model in models
-        for start in range(0, len(model["maps"]), across)
-    ]
-    heights = [width / across + 0.15] * len(rows) + [2.4] * num_line_rows
-    figure = new_figure(width, sum(heights) + 0.5 + 0.25 * len(models))
+    rows = _rows(models, across)
+    heights = [width / across + 0.2 if maps else NAME_HEIGHT for _, maps in rows] + [2.4] * num_line_rows
+    figure = new_figure(width, sum(heights) + 0.9)
     grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
     places = [
         [figure.add_subplot(grid[row, column]) for column in range(len(maps))]
         for row, (_, maps) in enumerate(rows)
     ]
-    _draw_maps(figure, places, rows)
+    _draw_maps(figure, places, [maps for _, maps in rows])
+    for row, (name, maps) in enumerate(rows):
+        if not maps:
+            place = figure.add_subplot(grid[row, :])
+            place.set_axis_off()
+            name = textwrap.shorten(name, round(9.5 * width), placeholder="…")
+            place.text(0, 0, name, fontsize=10.5, fontweight="bold")
     halves = [grid[-1, : across // 2], grid[-1, across // 2 :]] if is_wide else [grid[-2, :], grid[-1, :]]
     _draw_shares(figure, [figure.add_subplot(half) for half in halves], models)
     return figure
 
 
-def _draw_maps(
-    figure: "Figure", places: "list[list[Axes]]", rows: list[tuple[dict[str, Any], list[dict[str, Any]]]]
-) -> None:
+def _rows(models: Sequence[dict[str, Any]], across: int) -> list[tuple[str, list[dict[str, Any]]]]:
+    """For each model a row with its name and no map, then rows of maps."""
+    rows: list[tuple[str, list[dict[str, Any]]]] = []
+    for model in models:
+        starts = range(0, len(model["maps"]), across)
+        rows += [(model["name"], []), *(("", model["maps"][start : start + across]) for start in starts)]
+    return rows
+
+
+def _draw_maps(figure: "Figure", places: "list[list[Axes]]", rows: list[list[dict[str, Any]]]) -> None:
     """One colour scale for all: how often the attention is that of an image whose tokens all get alike."""
     from matplotlib.colors import LogNorm
 
-    pictures = [[_times_uniform(one) for one in maps] for _, maps in rows]
+    pictures = [[_times_uniform(one) for one in maps] for maps in rows]
     highest = max(float(np.quantile(picture, 0.999)) for of_row in pictures for picture in of_row)
     scale = LogNorm(0.1, max(10.0, highest))
-    named: set[str] = set()
-    for axes, (model, maps), of_row in zip(places, rows, pictures, strict=True):
+    for axes, maps, of_row in zip(places, rows, pictures, strict=True):
         for place, one, picture in zip(axes, maps, of_row, strict=True):
             image = place.imshow(picture.clip(0.1), norm=scale, cmap="viridis", interpolation="nearest")
-            title = f"layer {one['layer'] + 1}"
-            if place is axes[0] and model["name"] not in named:
-                title = textwrap.fill(model["name"], round(9 * figure.get_figwidth())) + f"\n{title}"
-            named.add(model["name"])
-            place.set_title(title)
+            place.set_title(f"layer {one['layer'] + 1}", fontweight="normal")
             _label_rows(place, one, is_first=place is axes[0])
     everywhere = [place for axes in places for place in axes]
-    bar = figure.colorbar(image, ax=everywhere, location="bottom", fraction=0.03, pad=0.01, aspect=40)
+    bar = figure.colorbar(
+        image, ax=everywhere, location="bottom", fraction=0.03, pad=0.02, aspect=40, format="%g"
+    )
+    bar.minorticks_off()
     bar.set_label("attention, as a multiple of uniform attention")
 
 

@@ -5,6 +5,7 @@ layers, with the residual connections as attention of each token to itself, and 
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -215,7 +216,7 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     places = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for place, model, tiles in zip(places, models, panels, strict=True):
         draw_tiles(place, [tiles], columns)
-        place.set_title(f"{model['name']}: {QUERY_WORDS[model['query']]}")
+        place.set_title(textwrap.fill(f"{model['name']}: {QUERY_WORDS[model['query']]}", round(9.5 * width)))
     return figure
 
 

@@ -5,6 +5,7 @@ object divide the work; attention to the class token itself or to registers look
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -259,7 +260,7 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     numbers: as `analyze` gives them; width: inches.
     """
     models = numbers["models"]
-    columns = 7 if width > NARROW else 4
+    columns = min(7 if width > NARROW else 5, 2 + max(model["num_heads"] for model in models))
     panels = [_groups(model, NARROW_SHOWN if width <= NARROW else None) for model in models]
     heights = [
         height_of(sum(rows_of(len(group), columns) for group in groups), columns, width) for groups in panels
@@ -268,7 +269,7 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     places = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for place, model, groups in zip(places, models, panels, strict=True):
         draw_tiles(place, groups, columns)
-        place.set_title(f"{model['name']}: {described(model)}")
+        place.set_title(textwrap.fill(f"{model['name']}: {described(model)}", round(9.5 * width)))
     return figure
 
 
@@ -278,6 +279,6 @@ def _groups(model: dict[str, Any], count: int | None) -> "list[list[Tile]]":
     groups = []
     for picture in model["pictures"][:count]:
         pixels, heads = image_from_text(picture["image"]), map_from_text(picture["heads"], shape)
-        first = [image_tile("image", pixels), over_tile("mean of heads", pixels, heads.mean(0))]
+        first = [image_tile("image", pixels), over_tile("mean", pixels, heads.mean(0))]
         groups.append(first + [heat_tile(f"head {number + 1}", one) for number, one in enumerate(heads)])
     return groups
