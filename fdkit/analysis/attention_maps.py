@@ -252,7 +252,7 @@ def analyze(observed: Sequence[Observed], config: AttentionMapsConfig) -> Analys
     gives (its column share is 1), and "column_share_of_mean_map", of the attention averaged over heads and images.
     "maps" are the averaged attentions of the layers shown (see `stored_map`), as base64 of float16.
     Memory grows with the tokens and layers, one map a layer, and not with the images.
-    Source: the averaged attention map of Wei et al. 2022, arXiv 2205.14141, section 4; the shares are defined here.
+    Source: the averaged attention map of Wei et al. 2022, arXiv 2205.14141; the shares are defined here.
     Raises ConfigError if a model's attention cannot be read or it has no such layer, DataError if there are no images.
     """
     require_models(len(observed), "attention-maps")

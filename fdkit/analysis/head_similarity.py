@@ -138,7 +138,7 @@ def analyze(observed: Sequence[Observed], config: HeadSimilarityConfig) -> Analy
     The numbers hold, for each model, "similarity", a number a layer, null for a layer of one head: the one of
     "similarity_of_all_tokens" and "similarity_among_patches" that the configuration chooses, which stand beside it;
     and "pairs_of_all_tokens" and "pairs_among_patches", [[[cosine of two heads] a head] a layer], to 4 digits.
-    Memory does not grow with the images. Source: the head similarity of Wei et al. 2022, arXiv 2205.14141, section 4,
+    Memory does not grow with the images. Source: the head similarity of Wei et al. 2022, arXiv 2205.14141,
     which leaves open how the class token is treated: mean over images and pairs h < h' of cos(vec A_h, vec A_h').
     Raises ConfigError if a model's attention cannot be read, DataError if there are no images.
     """
