@@ -17,6 +17,7 @@ _LAZY = {
     "evaluate": "fdkit.commands.evaluate",
     "analyze": "fdkit.commands.analyze",
     "compare": "fdkit.commands.compare",
+    "make_report": "fdkit.commands.report",
     "demo": "fdkit.commands.demo",
     "doctor": "fdkit.commands.doctor",
     "load_teacher": "fdkit.teachers.loading",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fdkit.commands.evaluate import evaluate as evaluate
     from fdkit.commands.finetune import finetune as finetune
     from fdkit.commands.pretrain import pretrain as pretrain
+    from fdkit.commands.report import make_report as make_report
     from fdkit.commands.segment import segment as segment
     from fdkit.errors import FdkitError as FdkitError
     from fdkit.teachers.catalog import list_teachers as list_teachers
@@ -50,6 +52,7 @@ __all__ = [
     "finetune",
     "list_teachers",
     "load_teacher",
+    "make_report",
     "pretrain",
     "segment",
 ]

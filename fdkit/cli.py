@@ -59,6 +59,9 @@ COMMANDS = {
     "compare": CommandEntry(
         "Whether a distillation was worth it, beside its controls.", "fdkit compare RUN --data PATH"
     ),
+    "report": CommandEntry(
+        "Everything known of runs and models on one page.", "fdkit report RUN [RUN ...] [--data PATH]"
+    ),
     "teachers": CommandEntry(
         "List the known teachers, or show one whole.", "fdkit teachers [NAME] [--family dinov2]"
     ),

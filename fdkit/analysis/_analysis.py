@@ -7,7 +7,9 @@ The file holds a Config of its own and
 - `summary(numbers)`: the title and the rows, header first, of a table for people;
 - `scalars(model)`: of one model's table of numbers, the few that say it shortly, name with unit -> value, by which
   models are compared and a run is followed along its checkpoints; {} where a picture alone says it;
-- `READING`: one sentence that says how to read the figure.
+- `READING`: one sentence that says how to read the figure;
+- `KEEPS_COLOURS = True` where the figure holds photos or colour maps, which a dark page must not turn around;
+- `NEEDS_HEAD = True` where the model's own classifier is read.
 """
 
 from collections.abc import Callable

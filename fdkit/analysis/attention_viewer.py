@@ -33,6 +33,7 @@ READING = (
     "bright spot that follows the patch is a head that looks beside itself, one that stays is a head that looks at the "
     "same thing whoever asks."
 )
+KEEPS_COLOURS = True
 QUALITIES = (90, 80, 70, 60, 50, 40, 30, 20, 10, 5, 0)
 """Of WebP; the first that fits is taken."""
 SAMPLE = 6

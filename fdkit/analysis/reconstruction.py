@@ -40,6 +40,7 @@ SCALED = ", scaled"
 """Ends the title of a model whose predictions have been given their patches' own mean and deviation."""
 
 
+KEEPS_COLOURS = True
 READING = (
     "From left to right: what the model was given, what it made of the hidden patches, and the image as it is; a "
     "PSNR well above the one without detail means that it recovers shapes, not only mean colours."

@@ -17,6 +17,7 @@ from fdkit.evaluation._draws import validation_split
 from fdkit.evaluation._metrics import (
     accuracies,
     expected_calibration_error,
+    hits_to_text,
     negative_log_likelihood,
     per_class_accuracy,
     rank_of_label,
@@ -123,8 +124,8 @@ def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[st
     """What a classifier's logits (N, K) are worth, of labels (N,).
 
     "top1", "top1_interval" (95 %, bootstrap over images), "top5" (of 5 classes or more), "per_class" (class name ->
-    fraction, None without images), "loss" (mean negative log-likelihood, nats), "calibration_error" (15 bins) and
-    "num_images".
+    fraction, None without images), "loss" (mean negative log-likelihood, nats), "calibration_error" (15 bins),
+    "num_images" and "hits" (which images were right, see `hits_to_text`).
     """
     ranks = rank_of_label(logits, labels)
     return {
@@ -134,6 +135,7 @@ def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[st
         "loss": negative_log_likelihood(logits, labels),
         "calibration_error": expected_calibration_error(logits.double().softmax(dim=1), labels),
         "num_images": len(labels),
+        "hits": hits_to_text(ranks == 0),
     }
 
 

@@ -17,6 +17,7 @@ from fdkit.commands._command import (
     resolve,
     write_result,
 )
+from fdkit.commands._flags import command_line
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._published import against_published, show_protocol
 from fdkit.config import Config
@@ -126,6 +127,7 @@ def run(config: Any) -> Outcome:
         if protocol:
             numbers["named_protocol"] = against_published(protocol, config.model, numbers)
         numbers["command"] = config.model_dump(mode="json")
+        numbers["command_line"] = command_line(config, "evaluate", config.evaluator)
         for path in _result_files(config) if world.is_main else []:
             write_result(path, numbers)
     return Outcome(numbers, lambda: _show(config, numbers))

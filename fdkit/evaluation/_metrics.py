@@ -2,8 +2,10 @@
 the JSON they return.
 """
 
+import base64
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,22 @@ def accuracies(ranks: Tensor, num_classes: int) -> dict[str, float]:
     """Fractions "top1" and, of at least 5 classes, "top5", of the ranks (N,) that `rank_of_label` returns."""
     tops = (1, 5) if num_classes >= 5 else (1,)
     return {f"top{top}": int((ranks < top).sum()) / len(ranks) for top in tops}
+
+
+def hits_to_text(hits: Tensor) -> str:
+    """Which test images were right, a bit an image, in base64: what a later comparison of two models needs.
+
+    hits: (N,) bool, in the order of the images.
+    """
+    return base64.b64encode(np.packbits(hits.bool().cpu().numpy()).tobytes()).decode("ascii")
+
+
+def hits_from_text(text: str, num_images: int) -> Tensor:
+    """(N,) bool that `hits_to_text` wrote. Raises ValueError if the text is not of so many images."""
+    packed = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
+    if len(packed) != -(-num_images // 8):
+        raise ValueError(f"{len(packed)} bytes do not hold a bit for each of {num_images} images")
+    return torch.from_numpy(np.unpackbits(packed, count=num_images).astype(bool))
 
 
 def per_class_accuracy(hits: Tensor, labels: Tensor, num_classes: int) -> list[float | None]:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fdkit.config import Config
-from fdkit.evaluation._metrics import Metrics, accuracies, rank_of_label
+from fdkit.evaluation._metrics import Metrics, accuracies, hits_to_text, rank_of_label
 from fdkit.evaluation._search import Method, default_blocks, resolve_method, search, search_all
 from fdkit.evaluation._subject import Subject
 from fdkit.evaluation.features import Features, paired
@@ -42,7 +42,8 @@ def evaluate(train: Features, test: Features, config: KNNConfig, *, sharded: boo
     of train, and all get the accuracies of one process alone. train.values may be mapped from a file.
     Returns {"evaluator", "k", "temperature", "top1", "top5" (of 5 classes or more), "results": [one entry a
     k and temperature, in the order asked], "search": {"method", "rechecked": queries that took a second, more
-    precise search}, "train", "test"}. A class without a vote is never a top-5 hit.
+    precise search}, "hits" (which test images the headline had right, see `hits_to_text`), "train", "test"}. A class
+    without a vote is never a top-5 hit.
     Raises ConfigError if a k exceeds the training images, DataError if test has classes that train lacks,
     NumericsError if a feature is not finite.
     """
@@ -57,14 +58,15 @@ def evaluate(train: Features, test: Features, config: KNNConfig, *, sharded: boo
                 own = votes.gather(1, labels[:, None])[:, 0]
                 rank = rank_of_label(votes, labels).where(own > 0, len(train.classes))
                 ranks[k, temperature].append(rank)
+    joined = {setting: torch.cat(rank) for setting, rank in ranks.items()}
     results = [
-        {"k": k, "temperature": t, **accuracies(torch.cat(rank), len(train.classes))}
-        for (k, t), rank in ranks.items()
+        {"k": k, "temperature": t, **accuracies(rank, len(train.classes))} for (k, t), rank in joined.items()
     ]
     return {
         "evaluator": "knn",
         **results[0],
         "results": results,
+        "hits": hits_to_text(next(iter(joined.values())) == 0),
         "search": {"method": method, "rechecked": rechecked},
         "train": train.info,
         "test": test.info,

@@ -24,6 +24,7 @@ from fdkit.evaluation._metrics import (
     Metrics,
     accuracies,
     expected_calibration_error,
+    hits_to_text,
     negative_log_likelihood,
     rank_of_label,
 )
@@ -112,7 +113,8 @@ def evaluate(train: Features, test: Features, config: LinearConfig) -> Metrics:
 
     Returns {"evaluator", "top1", "top5" (of 5 classes or more), "interval" (of top1 over test images, 95 %), "ece",
     "nll", "lr", "weight_decay", "inputs", "validation_top1", "validation_loss" (both only if there was a choice),
-    "candidates", "protocol", "train", "test"}. Logs a warning if the choice stands at the edge of the learning rates
+    "candidates", "protocol", "hits" (which test images were right, see `hits_to_text`), "train", "test"}. Logs a
+    warning if the choice stands at the edge of the learning rates
     tried. Raises DataError if there is one class, if no class has two images to compare candidates on, or test has
     classes that train lacks; ConfigError for inputs that the features do not have, or a batch of one in front of batch
     norm; NumericsError if a feature is not finite or all candidates diverge.
@@ -165,6 +167,7 @@ def _evaluated(data: ProbeData, test: Features, config: LinearConfig, *, is_shar
         **(chosen | compared),
         "candidates": choice.candidates,
         "protocol": protocol | {"num_fit": choice.num_fit, "num_validation": choice.num_validation},
+        "hits": hits_to_text(ranks == 0),
         "train": data.info,
         "test": test.info,
     }

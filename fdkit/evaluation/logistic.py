@@ -26,6 +26,7 @@ from fdkit.evaluation._metrics import (
     accuracies,
     brier_score,
     expected_calibration_error,
+    hits_to_text,
     negative_log_likelihood,
     rank_of_label,
 )
@@ -87,7 +88,8 @@ def evaluate(train: Features, test: Features, config: LogisticConfig) -> Metrics
 
     Runs on the device of train.values, in float64. Returns {"evaluator", "top1", "top5" (of 5 classes or more),
     "interval" (95 % of top1 over test images), "ece", "nll", "brier", "c", "validation_top1" and "validation_loss"
-    (unless a single C was given), "converged", "gradient", "iterations", "candidates", "protocol", "train", "test"}.
+    (unless a single C was given), "converged", "gradient", "iterations", "candidates", "protocol", "hits" (which test
+    images were right, see `hits_to_text`), "train", "test"}.
     Logs a warning if the solver did not converge or the choice stands at the edge of those tried.
     Raises what `comparable` raises, DataError if no class has two images to compare on.
     """
@@ -200,4 +202,5 @@ def _measured(scores: Tensor, labels: Tensor, seed: int) -> Metrics:
         "ece": expected_calibration_error(probabilities, labels),
         "nll": negative_log_likelihood(scores, labels),
         "brier": brier_score(probabilities, labels),
+        "hits": hits_to_text(ranks == 0),
     }

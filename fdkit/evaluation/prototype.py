@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fdkit.config import Config
 from fdkit.evaluation._inputs import comparable
-from fdkit.evaluation._metrics import Metrics, accuracies, rank_of_label
+from fdkit.evaluation._metrics import Metrics, accuracies, hits_to_text, rank_of_label
 from fdkit.evaluation._statistics import bootstrap_interval
 from fdkit.evaluation.features import Features
 
@@ -42,7 +42,7 @@ def evaluate(train: Features, test: Features, config: PrototypeConfig) -> Metric
     """Accuracy on test of the nearest class mean of train, on the device of train.values.
 
     Returns {"evaluator", "metric", "top1", "top5" (of 5 classes or more), "interval" (95 % of top1 over test images),
-    "train", "test"}. Raises what `comparable` raises.
+    "hits" (which test images were right, see `hits_to_text`), "train", "test"}. Raises what `comparable` raises.
     """
     train, test = comparable(train, test)
     found = ranks(train, test, config.metric)
@@ -51,6 +51,7 @@ def evaluate(train: Features, test: Features, config: PrototypeConfig) -> Metric
         "metric": config.metric,
         **accuracies(found, len(train.classes)),
         "interval": list(bootstrap_interval(found == 0, seed=config.seed)),
+        "hits": hits_to_text(found == 0),
         "train": train.info,
         "test": test.info,
     }

@@ -23,6 +23,7 @@ from fdkit.evaluation._metrics import (
     Metrics,
     accuracies,
     expected_calibration_error,
+    hits_to_text,
     per_class_accuracy,
     rank_of_label,
 )
@@ -64,8 +65,9 @@ class ZeroShotConfig(Config):
 def measure(subject: Subject, config: ZeroShotConfig) -> Metrics:
     """Accuracy of the nearest description on the tested split.
 
-    Returns {"evaluator", "top1", "interval", "top5" (of 5 classes or more), "ece" (of the softmax at the model's own
-    scale), "per_class", "classes" (the names described), "templates", "num_templates", "space", "text", "test"}.
+    Returns {"evaluator", "top1", "interval", "hits" (see `hits_to_text`), "top5" (of 5 classes or more), "ece" (of the
+    softmax at the model's own scale), "per_class", "classes" (the names described), "templates", "num_templates",
+    "space", "text", "test"}.
     Raises DataError without labels, ConfigError for a model without a text tower or a wrong file of class names,
     WeightsError if the text tower's weights cannot be had.
     """
@@ -86,6 +88,7 @@ def measure(subject: Subject, config: ZeroShotConfig) -> Metrics:
         "evaluator": "zero-shot",
         **accuracies(ranks, len(names)),
         "interval": list(bootstrap_interval(ranks == 0)),
+        "hits": hits_to_text(ranks == 0),
         "ece": expected_calibration_error(scores.softmax(dim=1), labels),
         "per_class": per_class_accuracy(ranks == 0, labels, len(names)),
         "classes": list(names),

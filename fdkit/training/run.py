@@ -175,7 +175,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one cut short by a crash is left out."""
-        return list(_whole_lines(self.folder / "metrics.jsonl"))
+        return read_metrics(self.folder)
 
     def sync_metrics(self) -> None:
         """Have metrics.jsonl on the disk before a checkpoint that counts on it."""
@@ -373,13 +373,16 @@ def _lock_or_refuse(descriptor: int, folder: Path) -> dict[str, Any]:
     return holder
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's metrics.jsonl, none if it is not there; one cut short by a crash is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = []
+    for line in lines:
         if line.endswith("\n"):
             with suppress(ValueError):
-                yield json.loads(line)
+                rows.append(json.loads(line))
+    return rows
 
 
 def _flat(values: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,8 @@ from fdkit.evaluation._metrics import (
     accuracies,
     brier_score,
     expected_calibration_error,
+    hits_from_text,
+    hits_to_text,
     negative_log_likelihood,
     per_class_accuracy,
     rank_of_label,
@@ -138,3 +140,11 @@ def test_a_confident_mistake_has_a_finite_likelihood():
     assert negative_log_likelihood(torch.tensor([[500.0, -500.0]]), torch.tensor([1])) == pytest.approx(
         1000.0
     )
+
+
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_hits_come_back_from_their_text(count):
+    hits = torch.arange(count) % 3 == 0
+    assert torch.equal(hits_from_text(hits_to_text(hits), count), hits)
+    with pytest.raises(ValueError, match=f"do not hold a bit for each of {count + 8} images"):
+        hits_from_text(hits_to_text(hits), count + 8)

@@ -1,0 +1,115 @@
+"""What a report says of analyses: for each the figure, one sentence that tells how to read it, and its numbers."""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fdkit.report.page import Column, Details, Picture, Section, Table, picture
+
+log = logging.getLogger("fdkit")
+
+ORDER = (
+    *("attention-viewer", "attention-distance", "head-similarity", "attention-maps", "attention-entropy"),
+    *(
+        "class-attention",
+        "attention-rollout",
+        "cka",
+        "spectrum",
+        "alignment",
+        "fourier",
+        "layer-knn",
+        "patch-pca",
+    ),
+    *("target-statistics", "distillation-residual", "occlusion-invariance", "loss-landscape", "trajectory"),
+)
+"""In which analyses are told; others follow by name."""
+ACRONYMS = {"cka": "CKA", "knn": "kNN", "pca": "PCA"}
+NO_MODULES = {"observe"}
+
+
+def analysis_module(name: str) -> ModuleType | None:
+    """The module of an analysis by its name, None if this version has none of that name."""
+    folder = Path(import_module("fdkit.analysis").__path__[0])
+    stem = "_trajectory" if name == "trajectory" else name.replace("-", "_")
+    known = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - NO_MODULES
+    return import_module(f"fdkit.analysis.{stem}") if stem in known | {"_trajectory"} else None
+
+
+def analysis_sections(analyses: Mapping[str, Mapping[str, Any]], problems: list[str]) -> list[Section]:
+    """A section an analysis, in the order of ORDER; those that cannot be drawn are told in `problems`.
+
+    analyses: the numbers of each by its name.
+    """
+    sections = []
+    for name in sorted(analyses, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
+        module = analysis_module(name)
+        if module is None:
+            problems.append(f"{name}: this version of fdkit has no analysis of that name")
+            continue
+        try:
+            sections.append(_section(name, module, analyses[name]))
+        except Exception as error:  # numbers of another version can fail anywhere in a drawing
+            log.debug("the analysis %s cannot be drawn", name, exc_info=True)
+            problems.append(
+                f"{name}: its numbers cannot be drawn ({type(error).__name__}: {error}); make them again with "
+                f"{numbers_command(analyses[name])}"
+            )
+    return sections
+
+
+def numbers_command(numbers: Mapping[str, Any]) -> str:
+    """What to type to get an analysis again, as far as it is known."""
+    return str(numbers.get("command_line") or f"fdkit analyze {numbers.get('analysis')} MODEL --data PATH")
+
+
+def heading_of(name: str) -> str:
+    """An analysis's name in words, such as "Attention distance"."""
+    words = [ACRONYMS.get(word, word) for word in name.split("-")]
+    return " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
+
+
+def _section(name: str, module: ModuleType, numbers: Mapping[str, Any]) -> Section:
+    title, (header, *rows) = module.summary(numbers)
+    table = Table([Column(word) for word in header], rows, title)
+    models = [str(model["name"]) for model in numbers["models"]]
+    figure = _figure(name, module, numbers, models)
+    is_viewer = name == "attention-viewer"
+    return Section(
+        heading_of(name),
+        [module.READING, *_provenance(numbers)],
+        table=_scalars(module, numbers),
+        viewer=numbers if is_viewer else None,
+        pictures=[figure],
+        details=[Details("The numbers", table=table), Details("Make it again", numbers_command(numbers))],
+    )
+
+
+def _figure(name: str, module: ModuleType, numbers: Mapping[str, Any], models: list[str]) -> Picture:
+    keeps_colours = bool(getattr(module, "KEEPS_COLOURS", False))
+    alt = f"{heading_of(name)} of {', '.join(models)}"
+    return picture(partial(module.draw, numbers), alt, photo=keeps_colours)
+
+
+def _scalars(module: ModuleType, numbers: Mapping[str, Any]) -> Table | None:
+    """The few numbers that say it shortly, a row a model; None where there are none."""
+    found = {str(model["name"]): module.scalars(model) for model in numbers["models"]}
+    labels = list(dict.fromkeys(label for scalars in found.values() for label in scalars))
+    if not labels:
+        return None
+    columns = [Column("model"), *(Column(label, ".4g") for label in labels)]
+    return Table(
+        columns, [[name, *(scalars.get(label) for label in labels)] for name, scalars in found.items()]
+    )
+
+
+def _provenance(numbers: Mapping[str, Any]) -> list[str]:
+    """On how many of which images."""
+    counts = {model.get("num_images") for model in numbers["models"]} - {None}
+    command = numbers.get("command") or {}
+    if len(counts) != 1 or not command.get("data"):
+        return []
+    return [f"Measured on {counts.pop():,} images of `{command['data']}` ({command.get('split', 'all')})."]
