@@ -126,7 +126,10 @@ def attention_shares(attention: Attention, near: Tensor | None = None) -> Shares
     )
     around, itself, mass = parts.unbind(0)  # (queries, B, H)
     floor = mass.clamp_min(torch.finfo(torch.float32).tiny)
-    means = [one.mean((0, 1)).cpu() for one in (around / floor, itself / floor, around, itself, 1 - mass)]
+    means = [
+        one.mean((0, 1)).cpu()
+        for one in (around / floor, itself / floor, around, itself, (1 - mass).clamp_min(0))
+    ]
     column = column_share(attention).double().mean(0).cpu()
     return Shares(means[0], means[1], column, *means[2:])
 
@@ -179,7 +182,8 @@ class MapsStatistic:
         count = len(self._layers)
         if not self._config.layers:
             return sorted({round(one) for one in np.linspace(0, count - 1, min(NUM_SHOWN, count))})
-        return [layer_position(layer, count, name=self._name) for layer in dict.fromkeys(self._config.layers)]
+        places = (layer_position(layer, count, name=self._name) for layer in self._config.layers)
+        return list(dict.fromkeys(places))
 
     def numbers(self) -> dict[str, Any]:
         """See `analyze`."""
