@@ -129,9 +129,8 @@ def _attempt(
 def _require_two(run: Path, points: Sequence[object], left_out: dict[str, str]) -> None:
     if len(points) < 2:
         reasons = "".join(f"; {name} is left out: {reason}" for name, reason in left_out.items())
-        raise DataError(
-            f"{run} has {len(points)} checkpoints to follow, and two are needed{reasons}", KEEPING
-        )
+        count = f"{len(points)} checkpoint{'' if len(points) == 1 else 's'}"
+        raise DataError(f"{run} has {count} to follow, and two are needed{reasons}", KEEPING)
 
 
 def _is_same(run: Path, last: Path) -> bool:
