@@ -1,4 +1,4 @@
-"""Pictures inside plain numbers: JPEG in base64."""
+"""Pictures inside plain numbers: JPEG, or PNG for maps of few pixels, in base64."""
 
 import base64
 import io
@@ -15,8 +15,15 @@ def image_to_text(image: np.ndarray, *, quality: int = 95) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def map_to_text(image: np.ndarray) -> str:
+    """A picture (H, W, 3) uint8 as base64 of a PNG, which keeps every pixel."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
 def image_from_text(text: str) -> np.ndarray:
-    """The picture (H, W, 3) uint8 that `image_to_text` wrote."""
+    """The picture (H, W, 3) uint8 that `image_to_text` or `map_to_text` wrote."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
