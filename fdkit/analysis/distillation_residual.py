@@ -39,6 +39,7 @@ READING = (
     "better than the channel's mean: channels and places far below the others are what the student fails to match, "
     "and bright spots in the images are where it fails."
 )
+KEEPS_COLOURS = True
 PICTURE_SIDE = 112
 
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 READING = (
-    "A line near 1 belongs to a model that tells the images apart alike with and without the hidden parts; where it "
-    "falls, the representation of that depth hangs on what was hidden, and models trained on masked images should fall "
-    "least."
+    "A line near 1 belongs to a model that tells the images apart alike with and without the hidden parts, as training "
+    "on masked images is to teach, and where it falls, the representation of that depth hangs on what was hidden; a "
+    "model that sees little but mean colours stays near 1 too, so read it beside accuracy."
 )
 
 
