@@ -15,7 +15,7 @@ def image_to_text(image: np.ndarray, *, quality: int = 95) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def map_to_text(image: np.ndarray) -> str:
+def exact_to_text(image: np.ndarray) -> str:
     """A picture (H, W, 3) uint8 as base64 of a PNG, which keeps every pixel."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)
@@ -23,7 +23,7 @@ def map_to_text(image: np.ndarray) -> str:
 
 
 def image_from_text(text: str) -> np.ndarray:
-    """The picture (H, W, 3) uint8 that `image_to_text` or `map_to_text` wrote."""
+    """The picture (H, W, 3) uint8 that `image_to_text` or `exact_to_text` wrote."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
