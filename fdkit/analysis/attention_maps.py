@@ -95,9 +95,8 @@ def _column_share(image: Tensor, is_patch: Tensor, alike: Tensor | None) -> Tens
     """(H,) of one image (W, H, N, N); alike: (W, N, N), rows that average queries, or None for one mean of all."""
     weights = image.float()
     mass = torch.einsum("whqk,wk->whq", weights, is_patch.float())
-    scale = is_patch[:, None] / mass.clamp_min(
-        torch.finfo(torch.float32).tiny
-    )  # (W, H, N), 0 for what is no patch
+    # (W, H, N), 0 for what is no patch; a mass of 1e-30 is none, as its inverse would overflow when summed
+    scale = torch.where(mass > 1e-30, is_patch[:, None] / mass, 0)
     num_queries = int(is_patch.sum())
     if alike is None:
         mean = torch.einsum("whqk,whq->whk", weights, scale)[:, :, None] / num_queries
