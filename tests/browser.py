@@ -185,7 +185,7 @@ def browser() -> Iterator[Browser]:
             [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=as_three_and_four,  # noqa: PLW1509: no thread of this process holds a lock meanwhile
+            preexec_fn=as_three_and_four,  # noqa: PLW1509
             close_fds=False,
         )
         os.close(read_commands)

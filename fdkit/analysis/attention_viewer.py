@@ -51,7 +51,7 @@ class AttentionViewerConfig(AttentionConfig):
     max_cells: int = Field(default=16, ge=1)
     """Finest grid stored, cells a side; finer ones, such as 37x37 patches, are pooled to it: attention summed over the
     patches of a looked-at cell, averaged over those of a looking one."""
-    max_megabytes: float = Field(default=12, gt=0)
+    max_megabytes: float = Field(default=10, gt=0)
     """Size of all attention in the page, of all models together; the quality of its storage follows from it."""
 
 

@@ -25,6 +25,7 @@ from fdkit.commands._command import (
 )
 from fdkit.commands._flags import command_line
 from fdkit.commands._outcome import Outcome
+from fdkit.commands.analyze import config_class as analyze_config_class
 from fdkit.commands.evaluate import SHARED_FILES, measure
 from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
@@ -226,26 +227,25 @@ def _measure(config: ReportConfig, subjects: Subjects, results: Path) -> list[st
     if not models:
         return left_out
     results.mkdir(parents=True, exist_ok=True)
-    line = command_line(config, "report")
-    facts = {"command": config.model_dump(mode="json"), "command_line": line}
-    left_out += _evaluate(config, subjects.models, models, results, device, facts)
-    source = _analysed(config)
+    left_out += _evaluate(config, subjects.models, models, results, device)
+    source, split = _analysed(config)
     observed = [
         observe_on(name, model, source, config.loader, batch_size=config.batch_size)
         for name, model in models.items()
     ]
-    left_out += _analyse(config, observed, results, facts)
+    left_out += _analyse(config, subjects.models, observed, results, split)
     return left_out
 
 
-def _analysed(config: ReportConfig) -> ImageSource:
+def _analysed(config: ReportConfig) -> tuple[ImageSource, str]:
+    """The images that are analysed, and the name of their split."""
     assert config.data is not None
     if config.split != "auto":
-        return open_source(config.data, config.split)
+        return open_source(config.data, config.split), config.split
     try:
-        return open_source(config.data, "test")
+        return open_source(config.data, "test"), "test"
     except DataError:
-        return open_source(config.data, "all")
+        return open_source(config.data, "all"), "all"
 
 
 def _evaluate(
@@ -254,7 +254,6 @@ def _evaluate(
     models: dict[str, Teacher],
     results: Path,
     device: torch.device,
-    facts: dict[str, Any],
 ) -> list[str]:
     assert config.data is not None
     left_out: list[str] = []
@@ -288,7 +287,7 @@ def _file_name(name: str) -> str:
 
 
 def _analyse(
-    config: ReportConfig, observed: Sequence[Observed], results: Path, facts: dict[str, Any]
+    config: ReportConfig, given: dict[str, str], observed: Sequence[Observed], results: Path, split: str
 ) -> list[str]:
     """Make each analysis of the models that it can be made of; what was left out, in words."""
     left_out: list[str] = []
@@ -301,8 +300,21 @@ def _analyse(
     for names in _sharing_passes(wanted):
         log.info("analysing: %s", ", ".join(names))
         for name, analysis in _as_far_as_possible(names, observed, config_for, left_out).items():
-            save(results, name, analysis, facts)
+            shown = [str(model["name"]) for model in analysis.numbers["models"]]
+            models = [one.name for one in observed if one.name in shown] or [one.name for one in observed]
+            facts = {"command": config.model_dump(mode="json") | {"split": split}}
+            line = _analyze_line(name, config_for(name), config, {one: given[one] for one in models}, split)
+            save(results, name, analysis, facts | {"command_line": line})
     return left_out
+
+
+def _analyze_line(name: str, own: Config, config: ReportConfig, models: dict[str, str], split: str) -> str:
+    """The command that makes one analysis alone."""
+    kind = analyze_config_class(name)
+    shared = {key: getattr(config, key) for key in ModelOptions.model_fields}
+    values = shared | own.model_dump() | {"loader": config.loader, "seed": config.seed, "split": split}
+    values |= {"model": tuple(models.values()), "names": tuple(models), "data": config.data}
+    return command_line(kind(**values), "analyze", name)
 
 
 def _sharing_passes(names: Sequence[str]) -> list[list[str]]:

@@ -37,7 +37,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """An image of SVG, PNG or JPEG bytes, and the words for those who do not see it."""
+    """An image of SVG, PNG, JPEG or WebP bytes, and the words for those who do not see it."""
 
     image: bytes
     alt: str
@@ -71,6 +71,8 @@ class Section(NamedTuple):
 
     heading: str
     paragraphs: Sequence[str] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    """Names and values, which may be long."""
     table: Table | None = None
     viewer: Mapping[str, Any] | None = None
     """Numbers of the analysis attention-viewer, to explore; one section of a page may have them."""
@@ -82,8 +84,12 @@ class Section(NamedTuple):
 
 
 def picture(draw: Callable[[float], Any], alt: str, caption: str = "", *, photo: bool = False) -> Picture:
-    """A drawing in both widths; draw: gives the matplotlib figure for a width in inches."""
-    wide, narrow = (figure_bytes(draw(width), transparent=not photo) for width in (WIDE, NARROW))
+    """A drawing in both widths; draw: gives the matplotlib figure for a width in inches.
+
+    photo: it holds photos or colour maps: stored as pixels, which take less room, and left as it is in the dark.
+    """
+    kind = "webp" if photo else "svg"
+    wide, narrow = (figure_bytes(draw(width), kind, transparent=not photo) for width in (WIDE, NARROW))
     return Picture(wide, alt, caption, narrow=narrow, photo=photo)
 
 
@@ -192,8 +198,8 @@ def _written(value: str | float | None, number_format: str) -> str:
 
 
 def _data_uri(image: bytes) -> str:
-    kinds = {b"\x89PN": "png", b"\xff\xd8\xff": "jpeg", b"<?x": "svg+xml", b"<sv": "svg+xml"}
+    kinds = {b"\x89PN": "png", b"\xff\xd8\xff": "jpeg", b"RIF": "webp", b"<?x": "svg+xml", b"<sv": "svg+xml"}
     kind = kinds.get(image[:3])
     if kind is None:
-        raise ValueError(f"a picture must be SVG, PNG or JPEG, and this one starts with {image[:8]!r}")
+        raise ValueError(f"a picture must be SVG, PNG, JPEG or WebP, and this one starts with {image[:8]!r}")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"

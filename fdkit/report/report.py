@@ -133,8 +133,8 @@ def _accuracy_table(groups: Sequence[tuple[str, list[Evaluation]]]) -> Table:
         Column("model"),
         Column("top-1", ".1%"),
         Column("95 % interval"),
-        Column("points to the first", "+.1f"),
-        Column("95 % interval"),
+        Column("difference (points)", "+.1f"),
+        Column("its 95 % interval"),
         Column("test images", ",.0f"),
     ]
     return Table(columns, rows, _how_compared(is_paired))
@@ -148,7 +148,7 @@ def _interval(low: float | None, high: float | None, sign: str = "") -> str | No
 def _how_compared(is_paired: set[bool]) -> str:
     words = "Intervals tell what another draw of test images would change, and nothing of another seed."
     if True in is_paired:
-        words += " Differences are of the same test images, resampled together."
+        words += " Differences are to the first model, on the same test images, resampled together."
     if False in is_paired:
         words += (
             " Where it is not known which images a model had right, the interval of a difference is made of the two"

@@ -89,15 +89,13 @@ def run_sections(runs: Sequence[RunFolder]) -> list[Section]:
 
 
 def _identity(run: RunFolder, heading: str) -> Section:
-    rows: list[Sequence[str | float | None]] = [[name, value] for name, value in facts_of(run)]
-    table = Table([Column("fact"), Column("value")], rows) if rows else None
     details = []
     if run.config:
         details.append(Details("The whole configuration (config.yaml)", run.config))
     if run.facts:
         details.append(Details("Everything recorded (run.json)", json.dumps(run.facts, indent=2)))
-    words = [] if rows else ["The folder does not tell what was run."]
-    return Section(heading, words, table=table, code=run.command, details=details)
+    words = [] if run.facts else ["The folder does not tell what was run."]
+    return Section(heading, words, facts_of(run), code=run.command, details=details)
 
 
 def facts_of(run: RunFolder) -> list[tuple[str, str]]:
@@ -184,13 +182,9 @@ def _training(run: RunFolder, heading: str) -> Section:
     ]
     if (explained := last.get("explained_variance")) is not None:
         words = [f"{words[0][:-1]}; it explains {explained:.0%} of the variance of the targets."]
-    drawings = [picture(partial(_curves, run.rows), f"Training curves of {run.name}")]
-    if any(row.get("explained_variance") is not None for row in training):
-        drawings.append(
-            picture(partial(_explained, training), f"Loss and explained variance of {run.name} over steps")
-        )
+    drawing = picture(partial(_curves, run.rows), f"Training curves of {run.name}")
     return Section(
-        heading, words, pictures=drawings, details=[Details("The numbers", table=_metrics(training))]
+        heading, words, pictures=[drawing], details=[Details("The numbers", table=_metrics(training))]
     )
 
 
@@ -198,10 +192,6 @@ def _curves(rows: Sequence[Mapping[str, Any]], width: float) -> Any:
     if any(row.get("epoch") for row in rows):
         return training_figure(rows, width)
     return training_curves(rows, width, curves=DISTILLATION_CURVES[:1])
-
-
-def _explained(rows: Sequence[Mapping[str, Any]], width: float) -> Any:
-    return training_curves(rows, width)
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> Table:

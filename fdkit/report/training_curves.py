@@ -26,7 +26,8 @@ class Points(NamedTuple):
 
 @in_style
 def training_figure(rows: Sequence[Mapping[str, Any]], width: float = WIDE) -> "Figure":
-    """Panels below each other that share the epochs: loss, gradient norm, kNN accuracy, spread and rank of features.
+    """Panels below each other that share the epochs: loss, explained variance, gradient norm, kNN accuracy, spread and
+    rank of features.
 
     rows: the lines of metrics.jsonl, in order; a quantity that no line holds has no panel, a value that is missing or
     not finite no point. Rings mark the gradient spikes and the kNN dips that the health of a run tells of.
@@ -40,6 +41,9 @@ def training_figure(rows: Sequence[Mapping[str, Any]], width: float = WIDE) -> "
         return _points(rows, key, per_epoch)
 
     panels: list[tuple[str, Callable[[Axes], None]]] = [("loss", lambda axes: _line(axes, points("loss")))]
+    explained = points("explained_variance")
+    if explained.values:
+        panels.append(("explained variance of the targets (%)", lambda axes: _explained(axes, explained)))
     gradients = {key: points(key) for key in (WHOLE, FIRST_LAYER) if points(key).values}
     if gradients:
         panels.append(("largest gradient norm", lambda axes: _gradients(axes, gradients)))
@@ -70,6 +74,14 @@ def _line(axes: "Axes", points: Points, *, color: str = BLUE, label: str | None 
     axes.plot(
         points.epochs, points.values, color=color, linewidth=1.6, marker=marker, markersize=3, label=label
     )
+
+
+def _explained(axes: "Axes", points: Points) -> None:
+    """From 0 %, what a constant reaches, even if the first steps lie far below."""
+    _line(axes, points._replace(values=[100 * value for value in points.values]))
+    lowest, highest = min(points.values), max(points.values)
+    if lowest < 0 < highest:
+        axes.set_ylim(bottom=max(100 * lowest, -20 * highest))
 
 
 def _gradients(axes: "Axes", gradients: Mapping[str, Points]) -> None:

@@ -281,5 +281,6 @@
     controls.classToken.closest("label").remove();
   }
   root.hidden = false;
+  for (const still of document.querySelectorAll(".viewer-still")) still.hidden = true;
   draw();
 })();
