@@ -24,7 +24,7 @@ class Sharpness(NamedTuple):
 
 
 def largest_eigenvalue(
-    multiply: Product, start: Tensor, *, tolerance: float = 0.02, max_products: int = 30
+    multiply: Product, start: Tensor, *, tolerance: float = 0.05, max_products: int = 30
 ) -> Sharpness:
     """The largest algebraic eigenvalue of a symmetric operator on vectors (P,), by Lanczos' method.
 
