@@ -147,7 +147,7 @@ class _Layer:
     def __init__(self, attention: Attention) -> None:
         self.near = neighbours(attention.places, attention.grid)
         self.around, self.itself = uniform_shares(attention, self.near)
-        self.geometry = attention._replace(weights=attention.weights[:0])
+        self.geometry = attention._replace(weights=attention.weights.new_empty(0))
 
 
 class MapsStatistic:
@@ -170,7 +170,7 @@ class MapsStatistic:
             self._layers.append(_Layer(attention))
         shares = attention_shares(attention, self._layers[layer].near)
         self._shares.add(layer, torch.stack(shares), self._batch_size)
-        self._maps.add(layer, attention.weights.float().mean((0, 2)), self._batch_size)
+        self._maps.add(layer, attention.weights.mean((0, 2), dtype=torch.float32), self._batch_size)
 
     def end(self, tokens: Tokens) -> None:
         """A batch ends: layers that there are not are told early."""

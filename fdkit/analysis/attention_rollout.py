@@ -102,7 +102,7 @@ class RolloutStatistic:
         """The attention of a layer, multiplied onto that of those before it."""
         mixed = with_residual(fused(attention, self._config.fusion), self._config.residual_ratio)
         self._product = mixed if self._product is None else torch.bmm(mixed, self._product)
-        self._geometry = attention._replace(weights=attention.weights[:0])
+        self._geometry = attention._replace(weights=attention.weights.new_empty(0))
 
     def end(self, tokens: Tokens) -> None:
         """The final tokens of a batch: what is left of each patch is read."""

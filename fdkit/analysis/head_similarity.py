@@ -54,7 +54,8 @@ def _products(attention: Attention, kept: Tensor) -> Tensor:
     if len(kept) == 1:
         start = int((~kept[0]).sum())
         if bool(kept[0, start:].all()):  # prefix tokens alone come first: a slice does
-            return _gram(weights[:, 0, :, start:, start:].float().flatten(2))
+            # An image at a time, as the slice has to be copied.
+            return torch.cat([_gram(one[:, :, start:, start:].float().flatten(2)) for one in weights])
     both = kept[:, None, :, None] & kept[:, None, None, :]
     return _gram_of_windows(weights.float() * both)
 

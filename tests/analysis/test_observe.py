@@ -6,10 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fdkit.analysis.observe import Attention, num_attended_prefix_tokens, observe_attention
-from fdkit.errors import ConfigError
+from fdkit.analysis import (
+    attention_distance,
+    attention_entropy,
+    attention_maps,
+    attention_rollout,
+    class_attention,
+    head_similarity,
+)
+from fdkit.analysis._attention import LayerMeans, measure
+from fdkit.analysis.observe import Attention, Images, num_attended_prefix_tokens, observe_attention, on_map
+from fdkit.errors import ConfigError, NumericsError
 from fdkit.models.libraries import build_open_clip, build_timm
 from fdkit.teachers.teacher import Teacher
+from tests.attention_cases import observed, random_attention, tiny, tiny_swin, windows
 
 BATCH = 2
 
@@ -244,3 +254,97 @@ def test_a_teacher_is_observed_like_its_backbone():
     backbone = vit()
     images = images_for(backbone)
     assert_same_attention(observe(Teacher(backbone, name="t"), images), observe(backbone, images))
+
+
+STATISTICS = {
+    "distance": (attention_distance, attention_distance.AttentionDistanceConfig()),
+    "similarity": (head_similarity, head_similarity.HeadSimilarityConfig()),
+    "maps": (attention_maps, attention_maps.AttentionMapsConfig()),
+    "entropy": (attention_entropy, attention_entropy.AttentionEntropyConfig()),
+    "class": (class_attention, class_attention.ClassAttentionConfig(query="mean")),
+    "rollout": (attention_rollout, attention_rollout.AttentionRolloutConfig()),
+}
+
+
+@pytest.mark.parametrize("make", [tiny, tiny_swin])
+def test_statistics_that_share_a_pass_find_what_each_finds_alone(make):
+    one = observed(model=make(), count=3, sizes=2)
+    kinds = [kind for kind in STATISTICS.values() if make is tiny or kind is not STATISTICS["rollout"]]
+    together = measure(one, [module.statistic(one, config) for module, config in kinds], kinds[0][1])
+    for table, (module, config) in zip(together, kinds, strict=True):
+        assert module.collect([table], config).numbers == module.analyze([one], config).numbers
+        assert (table["name"], table["num_images"], table["image_size"]) == ("m", 3, one.model.image_size)
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_statistics_read_any_precision(kind, dtype):
+    module, config = STATISTICS[kind]
+    model = tiny()
+    plain = module.analyze([observed(model=model)], config).numbers["models"][0]
+    other = module.analyze([observed(model=model.to(dtype))], config).numbers["models"][0]
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+    for name, value in module.scalars(plain).items():
+        assert module.scalars(other)[name] == pytest.approx(value, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_statistics_keep_no_attention(kind):
+    module, config = STATISTICS[kind]
+    one = observed(count=4, sizes=1)
+    gathered = module.statistic(one, config)
+    alive: list[weakref.ref] = []
+
+    def visit(layer: int, attention: Attention) -> None:
+        gathered.add(layer, attention)
+        alive.append(weakref.ref(attention.weights.untyped_storage()))
+
+    for images in one.batches:
+        gathered.begin(images)
+        tokens = observe_attention(one.model, images.pixels, visit)
+        if hasattr(gathered, "end"):
+            gathered.end(tokens)
+        assert all(storage() is None for storage in alive)
+
+
+def test_an_image_that_is_not_finite_is_refused():
+    one = observed(count=4, sizes=4)
+    pixels = one.batches[0].pixels.clone()
+    pixels[3, :, 5, 5] = math.nan  # not the first of its batch, whose attention is looked at as it streams by
+    config = STATISTICS["entropy"][1]
+    with pytest.raises(NumericsError, match="the attention of m holds values that are not finite"):
+        attention_entropy.analyze([one._replace(batches=[Images(pixels)])], config)
+
+
+def test_means_count_each_image_alike():
+    means = LayerMeans()
+    means.add(0, torch.tensor([1.0, 2.0]), 3)
+    means.add(1, torch.tensor([7.0]), 3)
+    means.add(0, torch.tensor([5.0, 0.0]), 1)
+    assert [one.tolist() for one in means.means()] == [[2.0, 1.5], [7.0]]
+    assert len(means) == 2
+
+
+def test_among_patches_leaves_out_prefix_tokens():
+    attention = random_attention(2)
+    assert torch.equal(attention.among_patches(), attention.weights[:, 0, :, 2:, 2:])
+    assert attention.is_patch.tolist() == [[False, False, *[True] * 15]]
+    assert bool(attention.sees().all())
+
+
+def test_a_map_of_windows_holds_each_pair_of_a_window_once():
+    # Two windows of a 2 x 2 map and a padded place: {0, 3} and {2, 1}
+    places = torch.tensor([[3, 0, -1], [2, 1, -1]])
+    weights = torch.tensor(
+        [[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]], [[10.0, 20, 30], [40, 50, 60], [70, 80, 90]]]
+    )
+    expected = [[5, 0, 0, 4], [0, 50, 40, 0], [0, 20, 10, 0], [2, 0, 0, 1]]
+    assert on_map(weights, places, 4).tolist() == expected
+
+
+def test_what_a_shift_joins_is_not_seen():
+    for attention in windows():
+        hidden = ~attention.sees()[None, :, None].expand_as(attention.weights)
+        assert attention.weights[hidden].numel() == 0 or attention.weights[hidden].max() < 1e-30
+        assert attention.weights[~hidden].min() > 1e-30
+    assert [one.visible is not None for one in windows()] == [False, True, False, True]
