@@ -1,4 +1,4 @@
-"""Where every patch looks, in every layer and head, for a few images: what the page of `fdkit report` lets one explore.
+"""Where every patch looks, in every layer and head, for a few images, to explore on the page of `fdkit report`.
 
 All of it would be large: 12 layers of 12 heads with 196 patches are 44 million numbers for 8 images. Each row of
 attention is therefore scaled to its largest value, its square root kept in 8 bits, and a layer's rows stored as one

@@ -1,7 +1,8 @@
 """`fdkit analyze attention-distance MODEL [MODEL ...] --data PATH`: what differs between models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import tyro
@@ -9,6 +10,9 @@ from pydantic import Field, create_model
 from rich.console import Console
 from rich.table import Table
 
+from fdkit.analysis._analysis import Analysis
+from fdkit.analysis._attention import AttentionConfig
+from fdkit.analysis.observe import Observed
 from fdkit.commands._analyses import (
     ATTENTION,
     analyses,
@@ -30,16 +34,32 @@ from fdkit.commands._command import (
 )
 from fdkit.commands._flags import command_line
 from fdkit.commands._outcome import Outcome
+from fdkit.commands._trajectory import along_checkpoints
 from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import open_source
-from fdkit.errors import ConfigError
+from fdkit.errors import ConfigError, did_you_mean
 from fdkit.teachers.teacher import short_names
 from fdkit.training.distributed import local_device
 
-DESCRIPTIONS = {"attention": f"All statistics of attention from one pass: {', '.join(ATTENTION)}."}
+TRAJECTORY = "trajectory"
+DESCRIPTIONS = {
+    "attention": "From one pass over the images: distance, similarity of heads, maps and entropy.",
+    TRAJECTORY: "Other analyses (--of) along the checkpoints of a run, or of several.",
+}
 """Of the choices that are no file of their own."""
 GROUPS = {"attention": ATTENTION}
+
+
+class TrajectoryConfig(Config):
+    """What is followed along runs."""
+
+    of: tuple[str, ...] = Field(("attention-distance", "spectrum"), min_length=1)
+    """The analyses that are made of every checkpoint kept."""
+    num_images: int = Field(default=128, ge=1)
+    """Images each of them reads, the first ones of the data."""
+    batch_size: int = Field(default=16, ge=1)
+    """Images a forward pass."""
 
 
 class AnalyzeConfig(ModelOptions, Command):
@@ -75,7 +95,7 @@ class AnalyzeConfig(ModelOptions, Command):
 
 def choices() -> list[str]:
     """The analyses, and groups of them."""
-    return sorted([*analyses(), *GROUPS])
+    return sorted([*analyses(), *DESCRIPTIONS])
 
 
 def members(choice: str) -> tuple[str, ...]:
@@ -84,33 +104,30 @@ def members(choice: str) -> tuple[str, ...]:
 
 
 def config_class(choice: str) -> type[Config]:
-    """The configuration of one analysis, or of a group: the command's fields and theirs."""
-    own = [config_of(plugin("analysis", name).analyze) for name in members(choice)]
+    """The configuration of one analysis, or of several: the command's fields and theirs."""
+    own = _own_fields(choice)
     fields: dict[str, Any] = {"analysis": (Literal[choice], Field(default=choice, exclude=True))}
     return create_model(
-        f"Analyze_{choice}", __base__=(AnalyzeConfig, *own), __doc__=AnalyzeConfig.__doc__, **fields
+        f"Analyze_{choice}", __base__=(AnalyzeConfig, own), __doc__=AnalyzeConfig.__doc__, **fields
     )
+
+
+def _own_fields(choice: str) -> type[Config]:
+    """What is set beside the command's fields; the members of a group keep their own defaults."""
+    if choice == TRAJECTORY:
+        return TrajectoryConfig
+    return AttentionConfig if choice in GROUPS else config_of(_module(choice).analyze)
 
 
 def run(config: Any) -> Outcome:
     """Observe every model on the same images, and write numbers and figures."""
     if not config.model:
         raise ConfigError("no model given", f"fdkit analyze {config.analysis} MODEL [MODEL ...] --data PATH")
-    names = members(config.analysis)
+    names = _files_made(config)
     folder = config.output or default_output(config.analysis)
     files = {name: files_of(folder, name) for name in names}
     refuse_existing([path for paths in files.values() for path in paths.values()], overwrite=config.overwrite)
-    shown_names = config.shown_names()
-    device = local_device(config.device)
-    source = open_source(config.data, config.split)
-    keep_head = needs_head(names)
-    models = [config.load(name, seed=config.seed, keep_head=keep_head).to(device) for name in config.model]
-    observed = [
-        observe_on(name, model, source, config.loader, batch_size=config.batch_size)
-        for name, model in zip(shown_names, models, strict=True)
-    ]
-    values = {key: getattr(config, key) for key in type(config).model_fields}
-    found = perform(names, observed, lambda name: own_config(name, values))
+    found = (_follow if config.analysis == TRAJECTORY else _compare)(config)
     facts = {
         "command": config.model_dump(mode="json"),
         "command_line": command_line(config, "analyze", config.analysis),
@@ -118,6 +135,58 @@ def run(config: Any) -> Outcome:
     numbers = {name: save(folder, name, analysis, facts) for name, analysis in found.items()}
     only = numbers[names[0]] if len(names) == 1 else numbers
     return Outcome(only, lambda: _show(numbers, files))
+
+
+def _files_made(config: Any) -> list[str]:
+    """Names of the files written, without their endings. Raises ConfigError for a --of that is no analysis."""
+    if config.analysis != TRAJECTORY:
+        return list(members(config.analysis))
+    for name in config.of:
+        if name not in analyses():
+            hint = did_you_mean(name, analyses()) or f"there are {', '.join(analyses())}"
+            raise ConfigError(f"of: {name} is no analysis", hint)
+    return [f"{TRAJECTORY}-{name}" for name in config.of]
+
+
+def _compare(config: Any) -> dict[str, Analysis]:
+    """The analyses of all models together."""
+    names = members(config.analysis)
+    observe, shown_names = _observer(config, names), config.shown_names()
+    observed = [observe(model, name) for model, name in zip(config.model, shown_names, strict=True)]
+    fields = _own_fields(config.analysis).model_fields
+    values = {key: getattr(config, key) for key in fields}
+    return perform(names, observed, lambda name: own_config(name, values))
+
+
+def _follow(config: Any) -> dict[str, Analysis]:
+    """Each analysis along the checkpoints of the runs."""
+    runs, names = [Path(model) for model in config.model], config.shown_names()
+    observe = _observer(config, config.of)
+    fields = {"num_images": config.num_images, "batch_size": config.batch_size, "seed": config.seed}
+    return {
+        f"{TRAJECTORY}-{name}": along_checkpoints(
+            _module(name), runs, observe, own_config(name, fields), names=names
+        )
+        for name in config.of
+    }
+
+
+def _observer(config: Any, names: Sequence[str]) -> Callable[[str, str], Observed]:
+    """What loads a MODEL and gives it, under a name, with the images that these analyses read."""
+    device = local_device(config.device)
+    source = open_source(config.data, config.split)
+    keep_head = needs_head(names)
+
+    def observe(model: str, name: str) -> Observed:
+        loaded = config.load(model, seed=config.seed, keep_head=keep_head).to(device)
+        return observe_on(name, loaded, source, config.loader, batch_size=config.batch_size)
+
+    return observe
+
+
+def _module(name: str) -> ModuleType:
+    """The module of an analysis, or that which shows what is found along a run."""
+    return plugin("analysis", "-" + TRAJECTORY if name.startswith(TRAJECTORY) else name)
 
 
 def analyze(
@@ -136,7 +205,7 @@ def _show(numbers: dict[str, dict[str, Any]], files: dict[str, dict[str, Path]])
     """Each analysis's own table, and where its files are."""
     console = Console(markup=False, highlight=False)
     for name, found in numbers.items():
-        title, (header, *rows) = plugin("analysis", name).summary(found)
+        title, (header, *rows) = _module(name).summary(found)
         table = Table(title=title, title_justify="left")
         for column in header:
             table.add_column(column, justify="right")

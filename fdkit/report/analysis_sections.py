@@ -24,7 +24,7 @@ ORDER = (
         "layer-knn",
         "patch-pca",
     ),
-    *("target-statistics", "distillation-residual", "occlusion-invariance", "loss-landscape", "trajectory"),
+    *("target-statistics", "distillation-residual", "occlusion-invariance", "loss-landscape"),
 )
 """In which analyses are told; others follow by name."""
 ACRONYMS = {"cka": "CKA", "knn": "kNN", "pca": "PCA"}
@@ -34,7 +34,7 @@ NO_MODULES = {"observe"}
 def analysis_module(name: str) -> ModuleType | None:
     """The module of an analysis by its name, None if this version has none of that name."""
     folder = Path(import_module("fdkit.analysis").__path__[0])
-    stem = "_trajectory" if name == "trajectory" else name.replace("-", "_")
+    stem = "_trajectory" if name.startswith("trajectory-") else name.replace("-", "_")
     known = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - NO_MODULES
     return import_module(f"fdkit.analysis.{stem}") if stem in known | {"_trajectory"} else None
 
@@ -68,7 +68,8 @@ def numbers_command(numbers: Mapping[str, Any]) -> str:
 
 def heading_of(name: str) -> str:
     """An analysis's name in words, such as "Attention distance"."""
-    words = [ACRONYMS.get(word, word) for word in name.split("-")]
+    name = name.replace("trajectory-", "along training: ")
+    words = [ACRONYMS.get(word, word) for word in name.replace("-", " ").split()]
     return " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
 
 

@@ -56,7 +56,7 @@ class Results(NamedTuple):
 
     evaluations: list[Evaluation]
     analyses: dict[str, dict[str, Any]]
-    """Numbers of each analysis, by its name; the latest where there are several."""
+    """Numbers of each analysis, by its name, or trajectory-NAME along a run; the last where there are several."""
     comparisons: list[dict[str, Any]]
     """Numbers of `fdkit compare`."""
     others: list[tuple[str, dict[str, Any]]]
@@ -100,7 +100,8 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
 def _sort_in(numbers: dict[str, Any], name: str, path: Path, found: Results) -> None:
     try:
         if isinstance(numbers.get("analysis"), str):
-            found.analyses[numbers["analysis"]] = numbers
+            followed = f"-{numbers['of']}" if numbers["analysis"] == "trajectory" else ""
+            found.analyses[numbers["analysis"] + followed] = numbers
         elif "verdict" in numbers and "candidates" in numbers:
             found.comparisons.append(numbers)
         elif "top1" in numbers:
