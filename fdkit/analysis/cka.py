@@ -221,7 +221,9 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
         place.set_title(wrapped("between two models", figure))
         place.set_xlabel(textwrap.fill(f"layer of {other}", fits))
         place.set_ylabel(textwrap.fill(f"layer of {name}", fits))
-    bar = figure.colorbar(shown, ax=axes, location="bottom", shrink=0.6, aspect=30, pad=0.03)
+    # Where panels stand below each other, the scale is seen first.
+    location = "bottom" if width > NARROW else "top"
+    bar = figure.colorbar(shown, ax=axes, location=location, shrink=0.7, aspect=30, pad=0.02)
     bar.set_label("linear CKA (1: alike, 0: independent)")
     bar.outline.set_visible(False)
     return figure

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fdkit.analysis._analysis import Analysis
 from fdkit.analysis._features import need_models
-from fdkit.analysis._figure import WIDE, in_style, panels, wrapped
+from fdkit.analysis._figure import NARROW, WIDE, in_style, panels, wrapped
 from fdkit.analysis._lines import draw_over_depth
 from fdkit.analysis.observe import Observed, first_images, observe_layers
 from fdkit.config import Config
@@ -179,7 +179,9 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     axes[-1].set_title(wrapped("highest frequency", figure))
     axes[-1].set_ylabel("relative log amplitude")
     colours = ScalarMappable(Normalize(0, 1), _colours())
-    bar = figure.colorbar(colours, ax=axes, location="bottom", shrink=0.7, aspect=30)
+    # Where panels stand below each other, the scale is seen first.
+    location = "bottom" if width > NARROW else "top"
+    bar = figure.colorbar(colours, ax=axes, location=location, shrink=0.7, aspect=30, pad=0.02)
     bar.set_label("depth of the layer (1: last)")
     bar.outline.set_visible(False)
     if len(models) > 1:

@@ -41,6 +41,8 @@ READING = (
 )
 LIDAR_DELTA = 1e-4
 """Added to the covariance within views; in units of the features squared."""
+ROUNDING = 1e-6
+"""Features that differ by less than this share of their length are taken as equal: float32 differs that much itself."""
 RANKS = {
     "effective_rank": "effective rank",
     "participation_ratio": "participation ratio",
@@ -193,7 +195,7 @@ def _features_of_views(
 
 def _numbers(name: str, moments: Moments, scatter: Scatter | None) -> dict[str, Any]:
     num_images, width = moments.count, len(moments.mean)
-    covariance = moments.covariance()
+    covariance = _varying(moments)
     shares = explained_variance(covariance, num_images)
     return {
         "name": name,
@@ -205,10 +207,17 @@ def _numbers(name: str, moments: Moments, scatter: Scatter | None) -> dict[str, 
         "effective_rank": effective_rank(shares),
         "participation_ratio": participation_ratio(shares),
         "rankme": rankme(moments.second_moment(), num_images),
-        "lidar": lidar(scatter.images.covariance(), scatter.within()) if scatter else None,
+        "lidar": lidar(_varying(scatter.images), scatter.within()) if scatter else None,
         "lidar_images": scatter.images.count if scatter else 0,
         "explained_variance": shares.tolist(),
     }
+
+
+def _varying(moments: Moments) -> Tensor:
+    """The covariance, 0 where it is nothing but rounding, whose spectrum would look full of directions."""
+    covariance = moments.covariance()
+    is_rounding = covariance.trace() <= ROUNDING**2 * moments.second_moment().trace()
+    return torch.zeros_like(covariance) if is_rounding else covariance
 
 
 def scalars(model: dict[str, Any]) -> dict[str, float]:
@@ -267,7 +276,8 @@ def _draw_shares(axes: "Axes", models: Sequence[dict[str, Any]]) -> None:
         # The last component of few images is often far below the rest and would flatten all lines.
         kept = shares[: max(1, round(0.98 * len(shares)))]
         lowest, highest = min([lowest, *kept]), max([highest, *kept])
-    axes.set_ylim(lowest / 2, 1.5 * highest)
+    if highest > 0:  # nothing is drawn of features that are all equal
+        axes.set_ylim(lowest / 2, 1.5 * highest)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title("spectrum")
     axes.set_ylabel("share of variance (%)")

@@ -288,6 +288,23 @@ def test_what_cannot_be_measured_is_refused():
         SpectrumConfig(num_views=1)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_features_that_are_equal_but_for_rounding_fill_no_direction(monkeypatch, noise):
+    generator = torch.Generator().manual_seed(0)
+    constant = torch.randn(24, generator=generator)
+
+    def features(observed: Observed, pixels: Tensor, pooling: str) -> Tensor:
+        return constant * (1 + noise * torch.randn(len(pixels), 24, generator=generator))
+
+    monkeypatch.setattr("fdkit.analysis.spectrum.final_features", features)
+    analysis = analyze([Observed("m", tiny(), batches(images(40)))], SpectrumConfig(num_views=2))
+    (model,) = analysis.numbers["models"]
+    assert (model["variance"], set(model["explained_variance"])) == (0, {0})
+    assert (model["effective_rank"], model["participation_ratio"]) == (1, 1)
+    assert (model["rankme"], model["lidar"]) == (pytest.approx(1, abs=0.01), pytest.approx(1, abs=0.01))
+    assert analysis.figure().axes
+
+
 def test_features_that_are_not_finite_are_refused():
     backbone = tiny()
     norm = backbone.network.norm
