@@ -81,7 +81,8 @@ def analyze(observed: Sequence[Observed], config: DistillationResidualConfig) ->
     "is_resampled", whether the student's grid is another; the "ridge" penalty of the map; and the "worst" and "best"
     images, each with its "index", "description", "label", "explained_variance", small "picture" (JPEG in base64) and
     "residual", the squared error of every patch in units of what a token of the target deviates on average.
-    Memory: the covariance of both widths together, one number an image, and the images shown.
+    Memory: for each student two covariances of both widths together, a sum a place and channel, one number an image,
+    and the images shown.
     Raises ConfigError for fewer than two models, DataError for too few images, NumericsError for values that are not
     finite.
     """

@@ -259,7 +259,7 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     cell = min((width - 0.1) / ((1 + across) * num_groups), LARGEST_CELL)
     titles = [["image", *(_title(model, round(11 * cell)) for model in block)] for block in blocks]
     lines = [max(title.count("\n") + 1 for title in block) for block in titles]
-    heights = [num_rows * cell + 0.16 * count + 0.1 for count in lines]
+    heights = [num_rows * cell + 0.17 * count + 0.1 for count in lines]
     figure = new_figure(width, sum(heights))
     places = figure.subplots(num_blocks, 1, squeeze=False, height_ratios=heights)[:, 0]
     pictures = [image_from_text(image["picture"]) for image in numbers["images"]]
