@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdkit.analysis._figure import INK, NARROW, ORANGE, WIDE, in_style, panels, wrapped
+from fdkit.analysis._figure import INK, NARROW, ORANGE, WIDE, columns_of, in_style, panels, wrapped
 from fdkit.analysis._lines import line_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ def _draw_lines(models: Sequence[dict[str, Any]], width: float) -> "Figure":
 
 def _draw_maps(numbers: dict[str, Any], width: float) -> "Figure":
     models, is_path = numbers["models"], numbers["directions"] == "trajectory"
-    figure, axes = panels(len(models), width=width, height=3.0 if is_path else 2.7)
+    figure, axes = panels(
+        len(models), width=width, height=3.0 if is_path or width <= NARROW else 2.5, share_y=not is_path
+    )
     levels, is_clipped = _levels(models)
     for place, model in zip(axes, models, strict=True):
         filled = place.contourf(
@@ -69,10 +71,24 @@ def _draw_maps(numbers: dict[str, Any], width: float) -> "Figure":
             _draw_path(place, model["path"])
         else:
             place.plot(0, 0, marker="+", color=ORANGE, markersize=9, markeredgewidth=2)
-            place.set_xlabel("first direction (filter lengths)")
+            place.set_box_aspect(1)
+            place.locator_params(axis="x", nbins=4)
+            place.locator_params(axis="y", nbins=5)
+            place.set_xlabel("first direction")
+    if not is_path:
+        for place in axes[:: columns_of(figure)]:
             place.set_ylabel("second direction")
+    height = figure.get_figheight()
+    words = "loss (nats)" if is_path else "loss (nats); steps in each filter's length"
     figure.colorbar(
-        filled, ax=axes, location="bottom", label="loss (nats)", aspect=30, fraction=0.06, shrink=0.9
+        filled,
+        ax=figure.axes,
+        location="bottom",
+        label=words,
+        fraction=0.16 / height,
+        pad=0.12 / height,
+        aspect=6 * width,
+        ticks=levels[::2],
     )
     return figure
 
