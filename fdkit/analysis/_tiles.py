@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 SIDE = 160
 """Pixels of a tile's side."""
 GAP = 12
-LABEL = 30
-"""Pixels above a tile, for its label."""
+LABEL = 0.16
+"""Inches above a tile, for its label."""
 
 
 class Tile(NamedTuple):
@@ -73,21 +73,22 @@ def rows_of(num_tiles: int, columns: int) -> int:
 
 def height_of(num_rows: int, columns: int, width: float) -> float:
     """Inches of a panel of tiles that is this wide."""
-    return width * num_rows * (SIDE + GAP + LABEL) / (columns * (SIDE + GAP))
+    return num_rows * (width / columns + LABEL)
 
 
-def draw_tiles(axes: "Axes", groups: Sequence[Sequence[Tile]], columns: int) -> None:
-    """Groups of tiles below each other, each filling rows of as many columns."""
+def draw_tiles(axes: "Axes", groups: Sequence[Sequence[Tile]], columns: int, width: float) -> None:
+    """Groups of tiles below each other, each filling rows of as many columns; width: inches."""
     num_rows = sum(rows_of(len(group), columns) for group in groups)
     step = SIDE + GAP
-    canvas = np.full((num_rows * (step + LABEL), columns * step - GAP, 3), 255, dtype=np.uint8)
+    label = round(LABEL * columns * step / width)
+    canvas = np.full((num_rows * (step + label), columns * step - GAP, 3), 255, dtype=np.uint8)
     row = 0
     for group in groups:
         for number, tile in enumerate(group):
-            top = (row + number // columns) * (step + LABEL) + LABEL
+            top = (row + number // columns) * (step + label) + label
             left = number % columns * step
             canvas[top : top + SIDE, left : left + SIDE] = tile.pixels
-            axes.text(left, top - 5, tile.label, fontsize=7.5, ha="left", va="bottom")
+            axes.text(left, top - label / 8, tile.label, fontsize=7.5, ha="left", va="bottom")
         row += rows_of(len(group), columns)
     axes.imshow(canvas, interpolation="antialiased", aspect="equal")
     axes.set_axis_off()

@@ -215,7 +215,7 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     figure = new_figure(width, sum(heights) + 0.35 * len(models))
     places = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for place, model, tiles in zip(places, models, panels, strict=True):
-        draw_tiles(place, [tiles], columns)
+        draw_tiles(place, [tiles], columns, width)
         place.set_title(textwrap.fill(f"{model['name']}: {QUERY_WORDS[model['query']]}", round(9.5 * width)))
     return figure
 

@@ -260,25 +260,39 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
     numbers: as `analyze` gives them; width: inches.
     """
     models = numbers["models"]
-    columns = min(7 if width > NARROW else 5, 2 + max(model["num_heads"] for model in models))
-    panels = [_groups(model, NARROW_SHOWN if width <= NARROW else None) for model in models]
+    columns = [_columns(model["num_heads"], width) for model in models]
+    panels = [
+        _groups(
+            model, NARROW_SHOWN if width <= NARROW else None, head="head " if width / across > 0.5 else ""
+        )
+        for model, across in zip(models, columns, strict=True)
+    ]
     heights = [
-        height_of(sum(rows_of(len(group), columns) for group in groups), columns, width) for groups in panels
+        height_of(sum(rows_of(len(group), across) for group in groups), across, width)
+        for groups, across in zip(panels, columns, strict=True)
     ]
     figure = new_figure(width, sum(heights) + 0.35 * len(models))
     places = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for place, model, groups in zip(places, models, panels, strict=True):
-        draw_tiles(place, groups, columns)
+    for place, model, groups, across in zip(places, models, panels, columns, strict=True):
+        draw_tiles(place, groups, across, width)
         place.set_title(textwrap.fill(f"{model['name']}: {described(model)}", round(9.5 * width)))
     return figure
 
 
-def _groups(model: dict[str, Any], count: int | None) -> "list[list[Tile]]":
-    """The tiles of each image."""
+def _columns(num_heads: int, width: float) -> int:
+    """Tiles side by side, so that the image, the mean and the heads fill two rows, or three of a narrow figure."""
+    num_tiles = 2 + num_heads
+    if width > NARROW:
+        return min(num_tiles, max(7, min(14, math.ceil(num_tiles / 2))))
+    return min(num_tiles, max(5, min(8, math.ceil(num_tiles / 3))))
+
+
+def _groups(model: dict[str, Any], count: int | None, *, head: str) -> "list[list[Tile]]":
+    """The tiles of each image; head: stands before the number of a head."""
     shape = (model["num_heads"], *model["grid"])
     groups = []
     for picture in model["pictures"][:count]:
         pixels, heads = image_from_text(picture["image"]), map_from_text(picture["heads"], shape)
         first = [image_tile("image", pixels), over_tile("mean", pixels, heads.mean(0))]
-        groups.append(first + [heat_tile(f"head {number + 1}", one) for number, one in enumerate(heads)])
+        groups.append(first + [heat_tile(f"{head}{number + 1}", one) for number, one in enumerate(heads)])
     return groups
