@@ -1,10 +1,10 @@
 """Augmented views of images: what an analysis takes as saying the same thing twice.
 
-A view is a random crop of the evaluation crop, 3/4 to 4/3 wide as high and brought back to its size, in half of the
-cases mirrored, in four of five with changed colours: brightness, contrast and saturation by a factor of 0.6 to 1.4 and
-hue by up to a tenth of the circle. That is MoCo v2's crop and colour jitter (Chen et al. 2020, arXiv 2003.04297)
-without its grey and blur, by torchvision's transforms. It depends on a seed and on which image and which view it is,
-and not on the size of the image or of the batch, so that models of any input size see the same views.
+A view is a random crop of the evaluation crop, its width 3/4 to 4/3 of its height, brought back to full size. Half of
+the views are mirrored, four of five have other colours: brightness, contrast and saturation by a factor of 0.6 to 1.4
+and hue by up to a tenth of the circle. That is MoCo v2's crop and colour jitter (Chen et al. 2020, arXiv 2003.04297)
+without its grey and blur, by torchvision's transforms. A view depends on a seed and on which image and which view it
+is, and not on the size of the image or of the batch, so that models of any input size see the same views.
 """
 
 from typing import Any

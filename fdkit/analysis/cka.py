@@ -35,6 +35,7 @@ READING = (
     "Bright squares along the diagonal are runs of layers that say the same; between two models, a bright diagonal "
     "means that they do the same work at the same depth, and a dark map that they see the images differently."
 )
+KEEPS_COLOURS = True
 
 
 class CkaConfig(FeatureConfig):

@@ -134,7 +134,8 @@ def lidar(between: Tensor, within: Tensor, *, delta: float = LIDAR_DELTA) -> flo
     between: B, the covariance of the images' mean features; within: that of the views about them, W once delta times
     the identity is added. Its bound is min(images - 1, D). delta has the unit of the features squared, so LiDAR of
     features of tiny scale falls back to a rank of B.
-    Source: Thilak et al. 2023 (arXiv 2312.04000), section 4.
+    Source: Thilak et al. 2023 (arXiv 2312.04000), the definition of LiDAR; implementations differ in delta, so compare
+    values of one delta, and of one number of images and views.
     """
     ridge = within + delta * torch.eye(len(within), dtype=within.dtype)
     # Of the pencil (B, W): the same numbers, without the root of W.
