@@ -209,6 +209,17 @@ def test_observing_changes_neither_output_nor_model(family):
         assert not {**module._forward_hooks, **module._forward_pre_hooks}
 
 
+def test_observing_leaves_no_masks_behind():
+    backbone, images = build("swin at another size")
+    observed(backbone, images)
+    made = [set(block.masks) for block in blocks_of(backbone)]
+    plain, _ = build("swin at another size")
+    with torch.no_grad():
+        plain(images)
+    assert made == [set(block.masks) for block in blocks_of(plain)]
+    assert any(made)
+
+
 def cosine_attention(module, windows: Tensor, mask: Tensor | None) -> Tensor:
     """Liu et al. 2022, arXiv 2111.09883, equations 2 and 3, a pair of places at a time for the bias."""
     rows, columns = module.window_size

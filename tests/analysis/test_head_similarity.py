@@ -187,6 +187,23 @@ def test_figure_has_a_line_a_model(width):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+def test_each_of_many_models_has_a_line_of_its_own():
+    table = {"similarity": [0.1, None, 0.3]}
+    numbers = {"models": [{"name": f"a rather long name, number {one}", **table} for one in range(11)]}
+    figure = draw(numbers, width=3.7)
+    styles = {
+        (line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in figure.axes[0].lines
+    }
+    assert len(styles) == 11
+    assert np.isnan(figure.axes[0].lines[0].get_ydata()[1])
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(texts) == 11
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.width
+
+
 def test_nothing_to_observe_is_refused():
     with pytest.raises(ConfigError, match="head-similarity needs a model"):
         analyze([], HeadSimilarityConfig())
