@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+MAX_PAGE_MEGABYTES = 15
+"""What a page should stay under, so that it can be sent and opens at once."""
+
+
 class Column(NamedTuple):
     """A column of a table."""
 

@@ -1,6 +1,7 @@
 """The page of `fdkit report`: what was run, how it went, what it is worth, what differs, and how to get it again."""
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
@@ -10,9 +11,20 @@ from typing import Any, NamedTuple
 from fdkit import __version__
 from fdkit.report.analysis_sections import analysis_sections, numbers_command
 from fdkit.report.figures import comparison_intervals
-from fdkit.report.page import Column, Details, Picture, Section, Table, picture, write_page
+from fdkit.report.page import (
+    MAX_PAGE_MEGABYTES,
+    Column,
+    Details,
+    Picture,
+    Section,
+    Table,
+    picture,
+    write_page,
+)
 from fdkit.report.results import Evaluation, Results, difference
 from fdkit.report.run_sections import RunFolder, facts_of, run_sections
+
+log = logging.getLogger("fdkit")
 
 LIGHT_FACTS = ("state", "teacher", "teacher's licence", "images", "commit")
 """Of a run, those that stand at the top of the page."""
@@ -44,7 +56,15 @@ def write_report(path: Path, report: Report) -> Path:
         *_missing_sections(report, problems),
         _again_section(report),
     ]
-    return write_page(path, _title(report), lead=_lead(report), sections=sections, facts=_facts(report))
+    write_page(path, _title(report), lead=_lead(report), sections=sections, facts=_facts(report))
+    megabytes = path.stat().st_size / 1e6
+    if megabytes > MAX_PAGE_MEGABYTES:
+        log.warning(
+            "%s has %.0f MB: fewer images or less of --max-megabytes in the attention viewer make it smaller",
+            path,
+            megabytes,
+        )
+    return path
 
 
 def _title(report: Report) -> str:
