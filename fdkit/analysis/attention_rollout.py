@@ -100,6 +100,12 @@ class RolloutStatistic:
 
     def add(self, layer: int, attention: Attention) -> None:
         """The attention of a layer, multiplied onto that of those before it."""
+        if self._product is not None and self._geometry is not None and attention.grid != self._geometry.grid:
+            raise ConfigError(
+                f"layer {layer} of {self._name} has {_by(attention.grid)} patches and the one before it "
+                f"{_by(self._geometry.grid)}: attention cannot be multiplied through layers that merge patches",
+                "rollout needs one grid for all layers, as in a ViT",
+            )
         mixed = with_residual(fused(attention, self._config.fusion), self._config.residual_ratio)
         self._product = mixed if self._product is None else torch.bmm(mixed, self._product)
         self._geometry = attention._replace(weights=attention.weights.new_empty(0))
@@ -137,6 +143,10 @@ class RolloutStatistic:
             "on_prefix": on_prefix,
             "pictures": self._pictures,
         }
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]}"
 
 
 def spread(patches: Tensor) -> Tensor:

@@ -179,6 +179,13 @@ def test_attention_in_windows_is_refused():
         analyze([observed("swin", tiny_swin())], AttentionRolloutConfig())
 
 
+def test_layers_that_merge_patches_are_refused_even_in_one_window():
+    args = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "img_size": 32, "window_size": 8}
+    swin = build_timm("swin_tiny_patch4_window7_224", args).eval()
+    with pytest.raises(ConfigError, match="layer 1 of swin has 4x4 patches and the one before it 8x8"):
+        analyze([observed("swin", swin)], AttentionRolloutConfig())
+
+
 def test_a_class_token_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="gap has no class token to follow back"):
         analyze([observed("gap", gap())], AttentionRolloutConfig(query="class"))
