@@ -64,7 +64,7 @@ class Folds:
 
         Raises DataError for too few images, NumericsError if nothing varies.
         """
-        whole = _Parts.of(merged(*self.halves), self.student_width)
+        whole = Parts.of(merged(*self.halves), self.student_width)
         if whole.num_tokens <= self.student_width:
             raise DataError(
                 f"the images to fit on give {whole.num_tokens} tokens: too few for a map of {self.student_width} "
@@ -81,7 +81,7 @@ class Folds:
                 "a single image to fit on cannot tell which ridge penalty serves best",
                 "use more images, or state it: --ridge 0.01",
             )
-        first, second = (_Parts.of(half, self.student_width) for half in self.halves)
+        first, second = (Parts.of(half, self.student_width) for half in self.halves)
         solvers = ((_Solver(first), second), (_Solver(second), first))
 
         def error(ridge: float) -> float:
@@ -90,7 +90,7 @@ class Folds:
         return min(RIDGES, key=error)
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """The moments of student (x) and teacher (y) tokens, each in its place."""
 
     num_tokens: int
@@ -104,7 +104,7 @@ class _Parts(NamedTuple):
     """The variance of y, summed over channels."""
 
     @classmethod
-    def of(cls, moments: Moments, width: int) -> "_Parts":
+    def of(cls, moments: Moments, width: int) -> "Parts":
         covariance, mean = moments.covariance(), moments.mean
         target = covariance[width:, width:].trace().item()
         return cls(
@@ -124,7 +124,7 @@ class _Solver:
     in which the student does not vary get no weight, so that 0 gives the least squares of smallest norm.
     """
 
-    def __init__(self, parts: _Parts) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.values, self.directions = torch.linalg.eigh(parts.within)
         self.along = self.directions.T @ parts.across
@@ -140,7 +140,7 @@ class _Solver:
         return plain._replace(explained_variance=1 - share)
 
 
-def squared_error(linear: LinearMap, parts: _Parts) -> float:
+def squared_error(linear: LinearMap, parts: Parts) -> float:
     """Of a map on the tokens that moments were taken of, summed over tokens and channels."""
     weight = linear.weight
     gap = parts.y_mean - linear.y_mean - (parts.x_mean - linear.x_mean) @ weight

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdkit.analysis._moments import Moments
 from fdkit.analysis._pictures import image_from_text
-from fdkit.analysis._residual import RIDGES, Folds, Unexplained, merged
+from fdkit.analysis._residual import RIDGES, Folds, Parts, Unexplained, merged, squared_error
 from fdkit.analysis._targets import final_tokens, paired_tokens, whiten
 from fdkit.analysis.distillation_residual import (
     DistillationResidualConfig,
@@ -113,6 +113,20 @@ def test_the_penalty_is_the_one_that_serves_best_from_one_half_to_the_other():
     chosen = folds.fit(None).ridge
     assert chosen == min(errors, key=errors.__getitem__)
     assert RIDGES[0] < chosen < RIDGES[-1]
+    rows = torch.cat([student, teacher], dim=-1).double()
+    for one, half in enumerate(folds.halves):
+        torch.testing.assert_close(half.mean, rows[one::2].mean((0, 1)))
+
+
+def test_the_error_on_other_tokens_counts_their_other_mean():
+    student, teacher = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+    linear = folds_of(student, teacher).fit(0.1)
+    others = student + 2, 3 * teacher - 1
+    moments = Moments(5)
+    moments.add(torch.cat(others, dim=-1).flatten(0, 1))
+    found = squared_error(linear, Parts.of(moments, 3))
+    expected = (linear.predict(others[0]) - others[1]).square().sum().item()
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_merged_moments_are_those_of_all_rows():
