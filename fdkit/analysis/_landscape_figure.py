@@ -51,9 +51,9 @@ def _draw_lines(models: Sequence[dict[str, Any]], width: float) -> "Figure":
 
 def _draw_maps(numbers: dict[str, Any], width: float) -> "Figure":
     models, is_path = numbers["models"], numbers["directions"] == "trajectory"
-    figure, axes = panels(
-        len(models), width=width, height=3.0 if is_path or width <= NARROW else 2.5, share_y=not is_path
-    )
+    beside = max(1, min(len(models), int(width // 2.2)))
+    height = 3.0 if is_path else min(3.3, 0.75 * width / beside + 0.9)
+    figure, axes = panels(len(models), width=width, height=height, share_y=not is_path)
     levels, is_clipped = _levels(models)
     for place, model in zip(axes, models, strict=True):
         filled = place.contourf(
@@ -72,37 +72,45 @@ def _draw_maps(numbers: dict[str, Any], width: float) -> "Figure":
         else:
             place.plot(0, 0, marker="+", color=ORANGE, markersize=9, markeredgewidth=2)
             place.set_box_aspect(1)
-            place.locator_params(axis="x", nbins=4)
+            place.locator_params(axis="x", nbins=3)
             place.locator_params(axis="y", nbins=5)
             place.set_xlabel("first direction")
     if not is_path:
         for place in axes[:: columns_of(figure)]:
             place.set_ylabel("second direction")
-    height = figure.get_figheight()
     words = "loss (nats)" if is_path else "loss (nats); steps in each filter's length"
     figure.colorbar(
         filled,
         ax=figure.axes,
         location="bottom",
         label=words,
-        fraction=0.16 / height,
-        pad=0.12 / height,
+        fraction=0.16 / figure.get_figheight(),
+        pad=0.12 / figure.get_figheight(),
         aspect=6 * width,
-        ticks=levels[::2],
+        ticks=levels[:: _ticks_apart(levels, width)],
+        format="%.6g",
     )
     return figure
+
+
+def _ticks_apart(levels: np.ndarray, width: float) -> int:
+    """How many levels lie between two whose numbers fit beside each other under the bar; width: inches."""
+    longest = max(len(f"{level:.6g}") for level in levels)
+    return math.ceil(len(levels) * 0.085 * (longest + 1.5) / (0.6 * width))
 
 
 def _draw_path(axes: "Axes", path: dict[str, Any]) -> None:
     axes.plot([*path["x"], 0], [*path["y"], 0], color=ORANGE, linewidth=1.5, zorder=3)
     axes.scatter(path["x"], path["y"], s=16, color=ORANGE, edgecolors="white", linewidths=0.7, zorder=4)
     axes.plot(0, 0, marker="*", color=ORANGE, markersize=13, markeredgecolor="white", zorder=5)
+    is_above = len(path["y"]) < 2 or path["y"][0] >= path["y"][1]  # on the side that the path does not go
     axes.annotate(
         f"step {path['steps'][0]}",
         (path["x"][0], path["y"][0]),
-        xytext=(0, 7),
+        xytext=(0, 7 if is_above else -7),
         textcoords="offset points",
         ha="center",
+        va="bottom" if is_above else "top",
         fontsize=8.5,
         bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0},
         zorder=6,

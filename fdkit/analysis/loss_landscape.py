@@ -120,8 +120,8 @@ def analyze(observed: Sequence[Observed], config: LossLandscapeConfig) -> Analys
     themselves. Beside them stand what the loss is of ("readout", "num_images", "num_classes", for a probe "pooling" and
     "num_fit_images"), "num_parameters" that the loss depends on and "num_moved" of them; with sharpness "sharpness";
     for a trajectory "path" (a list each of "steps", "x", "y", "distance", also outside the plane, "loss" and "accuracy"
-    of the weights at that step; "explained", shares of variance; "left_out", damaged checkpoints). The table
-    "same_directions" says whether all models were moved alike.
+    of the weights at that step, with the running statistics of the model itself; "explained", shares of variance;
+    "left_out", damaged checkpoints). "same_directions" says whether all models were moved alike.
     The weights are put back to the bit. Held in memory: the images, and the weights once more and once a direction; for
     a trajectory once a checkpoint, for sharpness once a product.
     Raises ConfigError for a model without the classifier asked for, DataError for too few labelled images or
@@ -319,7 +319,7 @@ def summary(numbers: dict[str, Any]) -> tuple[str, list[list[str]]]:
     is_path = numbers["directions"] == "trajectory"
     measured = any("sharpness" in model for model in numbers["models"])
     header = ["model", "loss of", "images", "loss", "accuracy"]
-    header += ["variance in plane"] if is_path else ["mean rise", "at the ends"]
+    header += ["variance in plane"] if is_path else ["mean rise", "at the rim"]
     header += ["largest eigenvalue"] if measured else []
     rows = [_row(model, is_path=is_path, measured=measured) for model in numbers["models"]]
     return f"{numbers['analysis']}, {_moved_along(numbers)}, loss in nats", [header, *rows]
@@ -341,7 +341,7 @@ def _row(model: dict[str, Any], *, is_path: bool, measured: bool) -> list[str]:
         row.append(f"{100 * sum(model['path']['explained']):.0f} %")
     else:
         rise = _rise(model)
-        row += ["not finite" if rise is None else f"{rise:.3f}", _at_the_ends(model)]
+        row += ["not finite" if rise is None else f"{rise:.3f}", _at_the_rim(model)]
     if measured:
         found = model.get("sharpness")
         row.append(
@@ -350,7 +350,7 @@ def _row(model: dict[str, Any], *, is_path: bool, measured: bool) -> list[str]:
     return row
 
 
-def _at_the_ends(model: dict[str, Any]) -> str:
+def _at_the_rim(model: dict[str, Any]) -> str:
     """The smallest and the largest loss at the rim of what was measured."""
     loss = model["loss"]
     if isinstance(loss[0], list):
