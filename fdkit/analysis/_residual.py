@@ -9,7 +9,7 @@ from fdkit.analysis._moments import Moments
 from fdkit.errors import DataError, NumericsError
 
 SMALLEST_EIGENVALUE = 1e-12
-"""Directions of less variance than this share of the largest are rounding of float32, not signal."""
+"""Less variance than this share of the largest, or of the mean square, is rounding of float32 and not signal."""
 
 RIDGES = tuple(10.0**power for power in range(-6, 3))
 """Penalties that are tried, in units of the mean variance of the student's channels."""
@@ -71,7 +71,7 @@ class Folds:
                 "channels",
                 "use more images: a larger --num-images, or --fit-ratio",
             )
-        if whole.target <= 0:
+        if whole.target <= SMALLEST_EIGENVALUE * (whole.target + whole.y_mean.square().sum().item()):
             raise NumericsError("the teacher's tokens are alike in all images: there is nothing to explain")
         return _Solver(whole).map(self._best_ridge() if ridge is None else ridge)
 

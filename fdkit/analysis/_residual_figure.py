@@ -1,6 +1,7 @@
 """How the residual of a student is shown: curves over channels, maps over places, and strips of images."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def _draw_channels(place: "SubFigure", models: Sequence[dict[str, Any]]) -> None
     for number, model in enumerate(models):
         values = sorted((100 * one for one in model["by_channel"] if one is not None), reverse=True)
         share = [100 * (rank + 0.5) / len(values) for rank in range(len(values))]
-        label = f"{model['name']}: {percent(model['explained_variance'])}"
+        label = textwrap.fill(f"{model['name']}: {percent(model['explained_variance'])}", width=40)
         axes.plot(share, values, linewidth=2, label=label, **line_of(number))
         lowest = min([lowest, *values])
     axes.axhline(0, color=GREY, linewidth=1)

@@ -64,6 +64,12 @@ def test_a_linear_map_of_the_teacher_is_fully_explained_and_a_constant_not_at_al
     assert found["by_channel"] == [0, 0, 0, 0]
 
 
+def test_the_rounding_of_a_constant_teacher_is_nothing_to_explain():
+    teacher = torch.full((4, 5, 3), 1e3) * (1 + 1e-7 * torch.rand(4, 5, 3))
+    with pytest.raises(NumericsError, match="nothing to explain"):
+        folds_of(torch.randn(4, 5, 2), teacher).fit(0.0)
+
+
 def test_a_channel_the_student_does_not_know_is_the_one_left_unexplained():
     teacher = torch.randn(400, 5, 4)
     student = teacher[..., [0, 1, 3]] @ torch.randn(3, 3)
