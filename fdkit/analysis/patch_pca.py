@@ -1,8 +1,8 @@
-"""What patches say, as colours: the first three principal components of a model's patch tokens as red, green and blue.
+"""What patches say, as colours: the first three principal components of a model's patch tokens.
 
-Patches of one colour say the same to the model, in one image or in several, so that parts of objects appear without any
-label. Components are fitted for each model on all images shown; models have components of their own, so that colours
-compare within a model and not between models. Optionally the first component separates the foreground from the
+They stand for red, green and blue. Patches of one colour say the same to the model, in one image or in several, so that
+parts of objects appear without any label. Components are fitted for each model on all images shown; models have
+components of their own, so that colours compare within a model and not between models. Optionally the first component separates the foreground from the
 background, and the colours are those of the foreground alone.
 Source: Oquab et al. 2023 (DINOv2, arXiv 2304.07193), figure 1 and the paragraph on PCA of patch features.
 """
