@@ -26,7 +26,7 @@ class AttentionConfig(Config):
     """On how many images attention is observed."""
 
     num_images: int = Field(default=128, ge=1)
-    """Images averaged over, the first ones of the data."""
+    """Images averaged over, drawn from the data with the seed."""
     batch_size: int = Field(default=8, ge=1)
     """Images a forward pass; memory grows with it, and not with the number of images."""
 

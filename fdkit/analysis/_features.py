@@ -20,7 +20,7 @@ class FeatureConfig(Config):
     pooling: Pooling = "patches"
     """One vector an image: patches, the mean of its patch tokens, or cls, the class token."""
     num_images: int = Field(default=512, ge=1)
-    """Images read, the first ones of the data."""
+    """Images read, drawn from the data with the seed."""
     batch_size: int = Field(default=32, ge=1)
     """Images a forward pass; memory grows with it."""
 

@@ -37,7 +37,7 @@ class AlignmentConfig(ViewConfig, FeatureConfig):
     """Which features are looked at, on how many images, and how their views are drawn."""
 
     num_images: int = Field(default=512, ge=2)
-    """Images read, the first ones of the data, two views of each."""
+    """Images read, drawn from the data with the seed, two views of each."""
 
 
 class Interval(NamedTuple):

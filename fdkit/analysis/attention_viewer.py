@@ -47,7 +47,7 @@ class AttentionViewerConfig(AttentionConfig):
     """What the viewer holds."""
 
     num_images: int = Field(default=8, ge=1)
-    """Images to look at, the first ones of the data."""
+    """Images to look at, drawn from the data with the seed."""
     max_cells: int = Field(default=16, ge=1)
     """Finest grid stored, cells a side; finer ones, such as 37x37 patches, are pooled to it: attention summed over the
     patches of a looked-at cell, averaged over those of a looking one."""

@@ -42,7 +42,7 @@ class CkaConfig(FeatureConfig):
     """Which vector of a layer stands for an image, and on how many images layers are compared."""
 
     num_images: int = Field(default=512, ge=SMALLEST_BATCH)
-    """Images read, the first ones of the data."""
+    """Images read, drawn from the data with the seed."""
     batch_size: int = Field(default=64, ge=SMALLEST_BATCH)
     """Images a forward pass and a minibatch of the estimate, at least 4: its formula divides by n - 3. Larger ones
     lower its spread, and cost memory. A last minibatch counts by its images; one of fewer than 4 is left out."""

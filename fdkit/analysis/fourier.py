@@ -44,7 +44,7 @@ class FourierConfig(Config):
     """On how many images the feature maps are transformed."""
 
     num_images: int = Field(default=128, ge=1)
-    """Images averaged over, the first ones of the data."""
+    """Images averaged over, drawn from the data with the seed."""
     batch_size: int = Field(default=16, ge=1)
     """Images a forward pass; memory grows with it, and not with the number of images."""
 

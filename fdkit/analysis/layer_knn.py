@@ -38,8 +38,7 @@ class LayerKnnConfig(FeatureConfig):
     """How neighbours vote, and among how many images."""
 
     num_images: int = Field(default=1024, ge=2)
-    """Images read, the first ones of the data; those without a label are left out. Class folders are read one after
-    the other: ask for all images where all classes are to be told apart."""
+    """Images read, drawn from the data with the seed; those without a label are left out."""
     k: int = Field(default=20, ge=1)
     """Neighbours that vote; fewer than the labelled images."""
     temperature: float = Field(default=0.07, gt=0)

@@ -59,7 +59,7 @@ class ReconstructionConfig(Config):
     """What the decoder predicts: what its run states, each patch's normalised pixels (norm_pix_loss), or plain pixels;
     published files of MAE do not state it."""
     num_images: int = Field(default=64, ge=1)
-    """Images measured, the first ones of the data."""
+    """Images measured, drawn from the data with the seed."""
     num_shown: int = Field(default=6, ge=1)
     """Of these, how many the figure shows, the first ones."""
     batch_size: int = Field(default=16, ge=1)

@@ -57,7 +57,8 @@ class SpectrumConfig(ViewConfig, FeatureConfig):
     """Which features are looked at, and on how many images and views."""
 
     num_images: int = Field(default=1024, ge=2)
-    """Images read, the first ones of the data; ranks are meant for more images than the features have channels."""
+    """Images read, drawn from the data with the seed; ranks are meant for more images than the features have
+    channels."""
     num_views: int = Field(default=10, ge=0)
     """Augmented views an image for LiDAR; 0 leaves LiDAR out, and its cost of num_views x view_images passes."""
     view_images: int = Field(default=128, ge=2)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, get_type_hints
 
+import numpy as np
 import tyro
 from pydantic import Field
 
@@ -17,6 +18,7 @@ from fdkit.analysis.observe import Images, Observed
 from fdkit.config import C, Config, Values, find_recipe, read_yaml, recipe_names, validate
 from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.sources import ImageSource
+from fdkit.data.subset import Subset
 from fdkit.errors import OutputError
 from fdkit.evaluation.features import evaluation_crop
 from fdkit.teachers.loading import load_teacher
@@ -120,11 +122,16 @@ class EvaluationImages:
 
 
 def observe_on(
-    name: str, model: Teacher, source: ImageSource, loader: LoaderConfig, *, batch_size: int
+    name: str, model: Teacher, source: ImageSource, loader: LoaderConfig, *, batch_size: int, seed: int = 0
 ) -> Observed:
-    """A model to observe on the images of a source; name: what figures call it."""
-    images = EvaluationImages(model, source, loader, batch_size=batch_size)
-    return Observed(name, model, images, tuple(source.classes), source.describe)
+    """A model to observe on the images of a source; name: what figures call it.
+
+    The images come in an order drawn with the seed, so that any number of them is a sample of all: the first ones of
+    class folders are of one class. The same source and seed give every model the same images.
+    """
+    shuffled = Subset(source, np.random.default_rng(seed).permutation(len(source)))
+    images = EvaluationImages(model, shuffled, loader, batch_size=batch_size)
+    return Observed(name, model, images, tuple(source.classes), shuffled.describe)
 
 
 def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:

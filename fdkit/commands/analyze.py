@@ -57,7 +57,7 @@ class TrajectoryConfig(Config):
     of: tuple[str, ...] = Field(("attention-distance", "spectrum"), min_length=1)
     """The analyses that are made of every checkpoint kept."""
     num_images: int = Field(default=128, ge=1)
-    """Images each of them reads, the first ones of the data."""
+    """Images each of them reads, drawn from the data with the seed."""
     batch_size: int = Field(default=16, ge=1)
     """Images a forward pass."""
 
@@ -179,7 +179,7 @@ def _observer(config: Any, names: Sequence[str]) -> Callable[[str, str], Observe
 
     def observe(model: str, name: str) -> Observed:
         loaded = config.load(model, seed=config.seed, keep_head=keep_head).to(device)
-        return observe_on(name, loaded, source, config.loader, batch_size=config.batch_size)
+        return observe_on(name, loaded, source, config.loader, batch_size=config.batch_size, seed=config.seed)
 
     return observe
 

@@ -76,7 +76,7 @@ class ReportConfig(ModelOptions, Command):
     evaluators: tuple[str, ...] = ("knn", "linear")
     """Which accuracies are measured on --data, if it has labels and a train and a test split."""
     num_images: int = Field(default=128, ge=1)
-    """Images analysed, the first ones."""
+    """Images analysed, drawn with the seed, the same for all models."""
     batch_size: int = Field(default=16, ge=1)
     """Images a forward pass."""
     names: tuple[str, ...] = ()
@@ -230,7 +230,7 @@ def _measure(config: ReportConfig, subjects: Subjects, results: Path) -> list[st
     left_out += _evaluate(config, subjects.models, models, results, device)
     source, split = _analysed(config)
     observed = [
-        observe_on(name, model, source, config.loader, batch_size=config.batch_size)
+        observe_on(name, model, source, config.loader, batch_size=config.batch_size, seed=config.seed)
         for name, model in models.items()
     ]
     left_out += _analyse(config, subjects.models, observed, results, split)
