@@ -1,4 +1,4 @@
-"""The decoder beside an encoder's weights: in a run folder of `fdkit pretrain mae`, or in an official MAE file."""
+"""The decoder beside an encoder's weights: of a run of `fdkit pretrain mae`, or in an official MAE file."""
 
 import logging
 import re
@@ -13,6 +13,7 @@ from fdkit.models.patches import patch_grid, require_maskable
 from fdkit.models.pixel_decoder import PixelDecoder
 from fdkit.teachers.files import read_file
 from fdkit.teachers.official._layout import State, state_in
+from fdkit.teachers.run_checkpoint import MODEL_FILE, checkpoint_at
 from fdkit.teachers.teacher import Teacher
 from fdkit.teachers.weights import check_finite
 
@@ -49,8 +50,11 @@ def load_decoder(teacher: Teacher) -> TrainedDecoder:
     """
     path = Path(teacher.source)
     found = None
-    if (path / HEADS_FILE).is_file():
-        found = _in_run(path)
+    checkpoint = checkpoint_at(path)
+    if checkpoint is not None:
+        found = _in_run(checkpoint / MODEL_FILE, checkpoint.parent.parent)
+    elif (path / HEADS_FILE).is_file():
+        found = _in_run(path / HEADS_FILE, path)
     elif path.is_file():
         found = _in_official_file(path)
     if found is None:
@@ -64,8 +68,9 @@ def load_decoder(teacher: Teacher) -> TrainedDecoder:
     return TrainedDecoder(decoder, *found[2:])
 
 
-def _in_run(folder: Path) -> _Found | None:
-    state = read_file(folder / HEADS_FILE)
+def _in_run(heads: Path, folder: Path) -> _Found | None:
+    """The decoder in a file of a method's own tensors, of the run in that folder."""
+    state = read_file(heads)
     state = {
         key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")
     }

@@ -17,9 +17,11 @@ from fdkit.errors import ConfigError, WeightsError
 from fdkit.methods._method import Method
 from fdkit.methods.segmentation import Segmentation, SegmentationConfig
 from fdkit.models.libraries import build_timm, save_backbone
+from fdkit.teachers.decoder import load_decoder
 from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.run_checkpoint import damage_of, list_checkpoints
 from fdkit.training.checkpoint import Checkpoint, newest_sound, save_checkpoint
+from tests.saved_mae import saved_run
 
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SWIN = {"patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
@@ -146,6 +148,26 @@ def run(tmp_path: Path) -> Path:
         content = Checkpoint({"model": dict(method.state_dict())}, {"step": step})
         save_checkpoint(tmp_path / "checkpoints", step, content, keep=9)
     return tmp_path
+
+
+def test_the_decoder_of_a_checkpoint_is_the_one_of_its_step(tmp_path: Path) -> None:
+    made = saved_run(tmp_path, norm_pixels=False, mask_ratio=0.5)
+    with torch.no_grad():
+        for parameter in made.decoder.parameters():
+            parameter.add_(1)  # so that the finished run's decoder would be found out
+    path = save_checkpoint(
+        tmp_path / "checkpoints", 3, Checkpoint({"model": dict(made.state_dict())}, {}), keep=1
+    )
+    trained = load_decoder(load_teacher(str(path)))
+    assert (trained.norm_pixels, trained.mask_ratio) == (False, 0.5)
+    for key, value in made.decoder.state_dict().items():
+        assert torch.equal(trained.decoder.state_dict()[key], value), key
+    other = build("mocov3")
+    save_backbone(other.exported, tmp_path / "other")
+    content = Checkpoint({"model": dict(other.state_dict())}, {})
+    path = save_checkpoint(tmp_path / "other" / "checkpoints", 3, content, keep=1)
+    with pytest.raises(ConfigError, match="has no decoder of pixels"):
+        load_decoder(load_teacher(str(path)))
 
 
 def test_checkpoints_are_listed_by_their_step(run: Path) -> None:
