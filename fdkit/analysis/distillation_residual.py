@@ -56,7 +56,7 @@ class DistillationResidualConfig(Config):
     out, the power of ten from 1e-6 to 100 that serves best among the fitted images, one half of them against the
     other."""
     num_images: int = Field(default=256, ge=2)
-    """Images fitted and measured on, the first ones of the data."""
+    """Images fitted and measured on, drawn from the data with the seed."""
     num_shown: int = Field(default=4, ge=1, le=16)
     """Measured images shown that are explained worst, and as many that are explained best."""
     batch_size: int = Field(default=16, ge=1)
@@ -107,7 +107,7 @@ def analyze(observed: Sequence[Observed], config: DistillationResidualConfig) ->
 def is_fitted(position: int, ratio: float) -> bool:
     """Whether the image at a position, from 0, is one of those that the map is fitted on: evenly spread, ratio of all.
 
-    Not the first part of them: folders are read class by class, and the rest would be other classes.
+    Not the first part of them: images that are read class by class would leave other classes for the rest.
     """
     return math.floor((position + 1) * ratio) > math.floor(position * ratio)
 

@@ -48,7 +48,7 @@ class OcclusionInvarianceConfig(FeatureConfig):
     mask_seed: int = Field(default=0, ge=0)
     """Seed of the masks, which are the same for all models."""
     num_images: int = Field(default=256, ge=SMALLEST_BATCH)
-    """Images read, the first ones of the data."""
+    """Images read, drawn from the data with the seed."""
     batch_size: int = Field(default=32, ge=SMALLEST_BATCH)
     """Images a forward pass and a minibatch of CKA, at least 4; a last minibatch of fewer is left out."""
 

@@ -2,8 +2,8 @@
 
 They stand for red, green and blue. Patches of one colour say the same to the model, in one image or in several, so that
 parts of objects appear without any label. Components are fitted for each model on all images shown; models have
-components of their own, so that colours compare within a model and not between models. Optionally the first component separates the foreground from the
-background, and the colours are those of the foreground alone.
+components of their own, so that colours compare within a model and not between models. Optionally the first component
+separates the foreground from the background, and the colours are those of the foreground alone.
 Source: Oquab et al. 2023 (DINOv2, arXiv 2304.07193), figure 1 and the paragraph on PCA of patch features.
 """
 
@@ -61,7 +61,7 @@ class PatchPcaConfig(Config):
     foreground: bool = False
     """Colour the foreground alone: the side of the first component that the images' borders hold less of."""
     num_images: int = Field(default=6, ge=1, le=64)
-    """Images shown, the first ones of the data; the components are fitted on them."""
+    """Images shown, drawn from the data with the seed; the components are fitted on them."""
     batch_size: int = Field(default=8, ge=1)
     """Images a forward pass."""
 

@@ -41,7 +41,7 @@ class TargetStatisticsConfig(Config):
     """Shown beside the target as it is: layernorm (each token to mean 0 and variance 1), batch (each channel to the
     same, all images taken as one batch) or l2 (each token to length 1). The numbers hold all of them."""
     num_images: int = Field(default=256, ge=1)
-    """Images read, the first ones of the data."""
+    """Images read, drawn from the data with the seed."""
     batch_size: int = Field(default=16, ge=1)
     """Images a forward pass; memory grows with it, and not with the number of images."""
 
