@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint types format demo-teacher clean
+.PHONY: demo test test-fast lint types format browser demo-teacher clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fdkit demo --output runs/demo --overwrite
@@ -24,6 +24,10 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Debian's Chromium, in which the tests open report pages; without it, or where it cannot be had, those tests skip.
+browser:
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 
 # Pretrains the embedded teacher again (about an hour on two cores) and puts it into the package.
 demo-teacher: $(VENV)/.installed
