@@ -1,5 +1,6 @@
 """The loss of a classifier on images held in memory: cross-entropy of the model's own head, or of a fitted probe."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +34,7 @@ def labelled_images(observed: Observed, count: int, *, num_fit: int = 0) -> tupl
     """Images to measure on, and others to fit on: the first of every class in turn, equally many as far as there are.
 
     Data in the order of its classes is read until each class has its share, so all of it, or nearly so; what is kept
-    is `count` + `num_fit` images, less where there are not as many. Fewer are divided between the two in proportion.
+    is `count` + `num_fit` images, less where there are not as many. Fewer, of a class too, are divided in proportion.
     Raises DataError for images without labels, or of which none is left to measure on.
     """
     classes = observed.classes
@@ -56,11 +57,30 @@ def labelled_images(observed: Observed, count: int, *, num_fit: int = 0) -> tupl
         for label, images in sorted(kept.items())
         if turn < len(images)
     ][: count + num_fit]
-    first = round(len(in_turn) * num_fit / (count + num_fit))
-    fit, measured = in_turn[:first], in_turn[first:]
+    fit, measured = _divided(in_turn, num_fit / (count + num_fit))
     if not measured or (num_fit and not fit):
-        raise DataError(f"{len(in_turn)} labelled images are too few to fit on some and measure on others")
+        raise DataError(
+            f"{len(in_turn)} labelled images are too few to fit on some and measure on others",
+            "give more images, or larger --num-images and --num-fit-images",
+        )
     return _stacked(measured), _stacked(fit)
+
+
+def _divided(
+    images: Sequence[tuple[Tensor, int]], ratio: float
+) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
+    """The first of each class, this share of all and as nearly as can be of each class; and the rest."""
+    sizes = Counter(label for _, label in images)
+    num_first = {label: int(size * ratio) for label, size in sizes.items()}
+    missing = round(len(images) * ratio) - sum(num_first.values())
+    for label in sorted(sizes, key=lambda label: (num_first[label] - sizes[label] * ratio, label))[:missing]:
+        num_first[label] += 1
+    first: list[tuple[Tensor, int]] = []
+    rest: list[tuple[Tensor, int]] = []
+    for image in images:
+        num_first[image[1]] -= 1
+        (first if num_first[image[1]] >= 0 else rest).append(image)
+    return first, rest
 
 
 def _with_labels(batch: Images) -> Iterator[tuple[Tensor, int]]:

@@ -210,13 +210,25 @@ def test_parameters_the_loss_does_not_hang_on_do_not_count() -> None:
 def test_images_are_the_first_of_each_class_in_turn(size: int) -> None:
     images = data(31, sizes=size)
     measured, fit = labelled_images(seen(tiny(), images=images), 7, num_fit=5)
-    assert fit.labels.tolist() == [0, 1, 2, 0, 1]
-    assert measured.labels.tolist() == [2, 0, 1, 2, 0, 1, 2]
     pixels = torch.cat([batch.pixels for batch in images])
     labels = torch.cat([batch.labels for batch in images])
-    firsts = [pixels[labels == label][:4] for label in range(3)]
-    in_turn = [firsts[label][turn] for turn in range(4) for label in range(3)]
-    assert torch.equal(torch.cat([fit.pixels, measured.pixels]), torch.stack(in_turn))
+    firsts = [pixels[labels == label] for label in range(3)]
+    # Of 12 images 4 a class, of which 5/12: one each, and the two that are missing of the first two classes.
+    assert fit.labels.tolist() == [0, 1, 2, 0, 1]
+    assert measured.labels.tolist() == [2, 0, 1, 2, 0, 1, 2]
+    in_turn = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    assert torch.equal(fit.pixels, torch.stack([firsts[label][turn] for label, turn in in_turn]))
+    in_turn = [(2, 1), (0, 2), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3)]
+    assert torch.equal(measured.pixels, torch.stack([firsts[label][turn] for label, turn in in_turn]))
+
+
+def test_a_small_class_is_measured_too() -> None:
+    labels = torch.tensor([0] * 20 + [1] * 20 + [2] * 3)
+    batch = Images(torch.rand(len(labels), 3, SIZE, SIZE), labels)
+    measured, fit = labelled_images(seen(tiny(), images=[batch]), 10, num_fit=20)
+    # To fit on all that come first, the easy mistake, leaves none of the last class to measure.
+    assert fit.labels.bincount().tolist() == [7, 6, 2]
+    assert measured.labels.bincount().tolist() == [3, 4, 1]
 
 
 def test_reading_stops_once_every_class_has_its_share() -> None:
