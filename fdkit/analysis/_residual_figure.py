@@ -102,7 +102,7 @@ def _draw_maps(place: "SubFigure", models: Sequence[dict[str, Any]]) -> None:
 def _draw_strip(place: "SubFigure", model: dict[str, Any], part: str, largest: float) -> None:
     entries = model[part]
     place.suptitle(
-        f"{_short(model['name'], 26)}: {part} explained", x=0.01, ha="left", fontsize=10.5, fontweight="bold"
+        f"{_short(model['name'], 20)}: {part} explained", x=0.01, ha="left", fontsize=10.5, fontweight="bold"
     )
     axes = place.subplots(2, max(len(entries), 1), squeeze=False)
     for column, entry in enumerate(entries):
