@@ -37,9 +37,12 @@ def tiny(**args):
     return backbone
 
 
-def tiny_swin():
-    """A Swin of maps 18 x 18 and 9 x 9, padded for windows of 4 and every second block shifted; 2, then 4 heads."""
-    args = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "img_size": 72, "window_size": 4}
+def tiny_swin(size: int = 72):
+    """A Swin in windows of 4, every second block shifted; 2, then 4 heads.
+
+    At 72 pixels its maps of 18 x 18 and 9 x 9 are padded; at 64, of 16 x 16 and 8 x 8, shifts join opposite edges.
+    """
+    args = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "img_size": size, "window_size": 4}
     backbone = build_timm("swin_tiny_patch4_window7_224", args).eval()
     for stage in backbone.network.layers:
         for block in stage.blocks:
@@ -49,11 +52,10 @@ def tiny_swin():
 
 @cache
 def windows() -> tuple[Attention, ...]:
-    """The attention of `tiny_swin` for 2 images, layer by layer."""
+    """Of 2 images: 9 x 9 padded, 9 x 9 padded and shifted, 16 x 16 and 8 x 8 shifted."""
     torch.manual_seed(5)
-    seen: list[Attention] = []
-    observe_attention(tiny_swin(), torch.rand(2, 3, 72, 72), lambda layer, one: seen.append(one))
-    return tuple(seen)
+    padded, even = (layers_of(observed(model=tiny_swin(size))) for size in (72, 64))
+    return padded[2], padded[3], even[1], even[3]
 
 
 def batches(images: Tensor, sizes: int | list[int] = 8) -> list[Images]:

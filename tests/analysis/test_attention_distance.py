@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdkit.analysis.attention_distance import (
     AttentionDistanceConfig,
+    DistanceStatistic,
     analyze,
     attention_distance,
     draw,
@@ -21,6 +22,7 @@ from fdkit.analysis.attention_distance import (
 from fdkit.analysis.observe import Attention, Images, Observed, observe_attention
 from fdkit.errors import ConfigError, DataError
 from fdkit.models.libraries import build_timm
+from tests.attention_cases import windows
 
 GRID = (3, 5)
 PATCH = 14
@@ -119,6 +121,17 @@ def test_uniform_attention_gives_the_mean_distance_of_all_pairs():
     uniform = torch.full((1, 2, num_patches, num_patches), 1 / num_patches)
     expected = patch_distances(GRID, PATCH).double().mean()
     torch.testing.assert_close(measured(uniform), expected.expand(2), rtol=1e-6, atol=0)
+
+
+def test_the_stated_uniform_distance_is_what_uniform_attention_in_windows_gives():
+    for attention in windows():
+        sees = (attention.sees() & attention.is_patch[:, None]).float()
+        uniform = (sees / sees.sum(-1, keepdim=True).clamp_min(1))[None, :, None]
+        gathered = DistanceStatistic()
+        gathered.begin(Images(torch.rand(1, 3, 8, 8)))
+        gathered.add(0, attention._replace(weights=uniform))
+        numbers = gathered.numbers()
+        assert numbers["distance_renormalised"][0] == pytest.approx(numbers["uniform_distance"], rel=1e-5)
 
 
 def test_looking_at_itself_is_distance_zero():
