@@ -13,7 +13,6 @@ from fdkit.commands._command import config_of, plugin, plugins, write_result
 from fdkit.config import Config
 from fdkit.errors import ConfigError, OutputError
 
-SHARED_FILES = {"observe"}
 SUFFIXES = ("json", "csv", "svg", "png")
 ATTENTION = ("attention-distance", "head-similarity", "attention-maps", "attention-entropy")
 """The statistics of attention that every model whose attention is read has, and that share a pass."""
@@ -21,7 +20,7 @@ ATTENTION = ("attention-distance", "head-similarity", "attention-maps", "attenti
 
 def analyses() -> list[str]:
     """The names of all analyses."""
-    return [name for name in plugins("analysis") if name not in SHARED_FILES]
+    return plugins("analysis")
 
 
 def needs_head(names: Sequence[str]) -> bool:

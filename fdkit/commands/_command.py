@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import numpy as np
 import tyro
@@ -20,9 +20,9 @@ from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.sources import ImageSource
 from fdkit.data.subset import Subset
 from fdkit.errors import OutputError
-from fdkit.evaluation.features import evaluation_crop
-from fdkit.teachers.loading import load_teacher
-from fdkit.teachers.teacher import Teacher
+
+if TYPE_CHECKING:
+    from fdkit.teachers.teacher import Teacher
 
 
 class Command(Config):
@@ -60,17 +60,22 @@ class ModelOptions(Config):
         """These options as arguments of `load_teacher`."""
         return {name: getattr(self, name) for name in ModelOptions.model_fields}
 
-    def load(self, name: str, **options: Any) -> Teacher:
+    def load(self, name: str, **options: Any) -> "Teacher":
         """The model `name` with these options and further ones of `load_teacher`, such as seed and keep_head."""
+        from fdkit.teachers.loading import load_teacher  # which imports the model libraries: seconds
+
         return load_teacher(name, **self.loading(), **options)
 
 
+SHARED_FILES = {"analysis": {"observe"}, "evaluation": {"features"}}
+"""Files that stand beside a package's plug-ins and are none."""
+
+
 def plugins(package: str) -> list[str]:
-    """Command-line names of the plug-ins in a package: its files that define `function`, such as "knn"."""
+    """Command-line names of the plug-ins in a package, its files, such as "knn"; none of them is imported."""
     folder = Path(import_module(f"fdkit.{package}").__path__[0])
-    return sorted(
-        path.stem.replace("_", "-") for path in folder.glob("*.py") if not path.stem.startswith("_")
-    )
+    stems = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    return sorted(stem.replace("_", "-") for stem in stems - SHARED_FILES.get(package, set()))
 
 
 def plugin(package: str, name: str) -> ModuleType:
@@ -109,7 +114,11 @@ def default_output(*parts: str) -> Path:
 class EvaluationImages:
     """The model's own evaluation crops of the images in order, batch by batch, anew in each iteration."""
 
-    def __init__(self, model: Teacher, source: ImageSource, loader: LoaderConfig, *, batch_size: int) -> None:
+    def __init__(
+        self, model: "Teacher", source: ImageSource, loader: LoaderConfig, *, batch_size: int
+    ) -> None:
+        from fdkit.evaluation.features import evaluation_crop
+
         self.views = evaluation_crop(model.backbone.preprocessing)
         self.source = source
         self.loader = loader
@@ -122,7 +131,7 @@ class EvaluationImages:
 
 
 def observe_on(
-    name: str, model: Teacher, source: ImageSource, loader: LoaderConfig, *, batch_size: int, seed: int = 0
+    name: str, model: "Teacher", source: ImageSource, loader: LoaderConfig, *, batch_size: int, seed: int = 0
 ) -> Observed:
     """A model to observe on the images of a source; name: what figures call it.
 

@@ -28,8 +28,6 @@ from fdkit.evaluation._store import default_cache
 from fdkit.evaluation._subject import Extraction, Subject
 from fdkit.training.distributed import current_world, local_device, process_group
 
-SHARED_FILES = {"features"}
-
 SETTINGS = (
     *("classifier", "metric", "subset", "gallery", "templates"),
     *("k", "temperature", "lr", "weight_decay", "inputs", "c", "num_images"),
@@ -100,7 +98,7 @@ def implied_choice(protocol: str) -> str:
 
 def choices() -> list[str]:
     """The evaluators."""
-    return [name for name in plugins("evaluation") if name not in SHARED_FILES]
+    return plugins("evaluation")
 
 
 def config_class(choice: str) -> type[Config]:

@@ -1,47 +1,32 @@
 """`fdkit report RUN|MODEL [...]`: everything known of them on one page, measured first where images are given."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import tyro
 from pydantic import Field
 
-from fdkit.analysis._analysis import Analysis
-from fdkit.analysis.observe import Observed
-from fdkit.commands._analyses import analyses, needs_head, own_config, perform, save
+from fdkit.commands._analyses import analyses
 from fdkit.commands._command import (
     Command,
     ModelOptions,
     default_output,
-    observe_on,
-    plugin,
     plugins,
     refuse_existing,
     resolve,
-    write_result,
 )
 from fdkit.commands._flags import command_line
 from fdkit.commands._outcome import Outcome
-from fdkit.commands.analyze import config_class as analyze_config_class
-from fdkit.commands.evaluate import SHARED_FILES, measure
 from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
-from fdkit.data.sources import ImageSource, open_source
-from fdkit.errors import ConfigError, DataError, FdkitError, did_you_mean
-from fdkit.evaluation._store import default_cache
-from fdkit.evaluation._subject import Extraction, Subject
+from fdkit.errors import ConfigError, did_you_mean
 from fdkit.models.libraries import WEIGHTS_FILE
 from fdkit.report.report import Report, write_report
 from fdkit.report.results import collect
 from fdkit.report.run_sections import RunFolder, read_run
-from fdkit.teachers.teacher import Teacher, short_names
+from fdkit.teachers.teacher import short_names
 from fdkit.training.checkpoint import list_steps
-from fdkit.training.distributed import local_device
-
-log = logging.getLogger("fdkit")
 
 PAGE = "index.html"
 DEFAULT_ANALYSES = (
@@ -49,9 +34,6 @@ DEFAULT_ANALYSES = (
     *("class-attention", "cka", "spectrum", "alignment", "fourier", "layer-knn", "patch-pca"),
     *("target-statistics", "distillation-residual", "occlusion-invariance"),
 )
-NEEDS_TWO = frozenset({"distillation-residual"})
-OWN_COUNT = frozenset({"attention-viewer"})
-"""Analyses that show single images and keep their own number of them."""
 
 
 class ReportConfig(ModelOptions, Command):
@@ -113,7 +95,9 @@ def run(config: ReportConfig) -> Outcome:
     subjects = _subjects(config)
     left_out: list[str] = []
     if config.data is not None:
-        left_out += _measure(config, subjects, results)
+        from fdkit.commands._measuring import measure_models  # which imports the model libraries: seconds
+
+        left_out += measure_models(config, subjects.models, results)
     found = collect([*subjects.folders, *([("", results)] if config.data is not None else [])])
     names = list(subjects.models) or [run.name for run in subjects.runs]
     if not subjects.runs and not found.evaluations and not found.analyses and not found.others:
@@ -156,10 +140,9 @@ def _check(config: ReportConfig) -> None:
             f"{len(config.names)} names for {len(config.model)} models: {', '.join(config.names)}",
             "give one for each, or leave --names out",
         )
-    evaluators = [name for name in plugins("evaluation") if name not in SHARED_FILES]
     for chosen, known, field in (
         (config.analyses, analyses(), "analyses"),
-        (config.evaluators, evaluators, "evaluators"),
+        (config.evaluators, plugins("evaluation"), "evaluators"),
     ):
         for name in chosen:
             if name not in known:
@@ -206,161 +189,6 @@ def _add_run(found: Subjects, config: ReportConfig, name: str, path: Path) -> No
         found.models[name] = str(path)
     elif checkpoints:
         found.models[name] = str(checkpoints[0])
-
-
-def _measure(config: ReportConfig, subjects: Subjects, results: Path) -> list[str]:
-    """Evaluate and analyse the models, writing into the folder; what could not be made, in words."""
-    assert config.data is not None
-    device = local_device(config.device)
-    left_out: list[str] = []
-    models: dict[str, Teacher] = {}
-    keep_head = needs_head(config.analyses)
-    for name, given in subjects.models.items():
-        try:
-            models[name] = config.load(given, seed=config.seed, keep_head=keep_head).to(device)
-        except FdkitError as error:
-            if given in config.model:
-                raise
-            left_out.append(
-                f"{name}: {error}"
-            )  # a teacher that is not at hand must not keep the rest from the page
-    if not models:
-        return left_out
-    results.mkdir(parents=True, exist_ok=True)
-    left_out += _evaluate(config, subjects.models, models, results, device)
-    source, split = _analysed(config)
-    observed = [
-        observe_on(name, model, source, config.loader, batch_size=config.batch_size, seed=config.seed)
-        for name, model in models.items()
-    ]
-    left_out += _analyse(config, subjects.models, observed, results, split)
-    return left_out
-
-
-def _analysed(config: ReportConfig) -> tuple[ImageSource, str]:
-    """The images that are analysed, and the name of their split."""
-    assert config.data is not None
-    if config.split != "auto":
-        return open_source(config.data, config.split), config.split
-    try:
-        return open_source(config.data, "test"), "test"
-    except DataError:
-        return open_source(config.data, "all"), "all"
-
-
-def _evaluate(
-    config: ReportConfig,
-    given: dict[str, str],
-    models: dict[str, Teacher],
-    results: Path,
-    device: torch.device,
-) -> list[str]:
-    assert config.data is not None
-    left_out: list[str] = []
-    for name, model in models.items():
-        extraction = Extraction(
-            device=device, batch_size=config.batch_size, loader=config.loader, cache=default_cache()
-        )
-        subject = Subject(model, config.data, "test", extraction)
-        for evaluator in config.evaluators:
-            try:
-                module = plugin("evaluation", evaluator)
-                numbers = measure(module, subject, _evaluator_config(module))
-            except FdkitError as error:
-                left_out.append(f"{evaluator} of {name}: {error}")
-                continue
-            command = {"model": given[name], "data": config.data, "split": "test"}
-            again = f"fdkit evaluate {evaluator} {given[name]} --data {config.data}"
-            own = {"shown_name": name, "command": command, "command_line": again}
-            write_result(results / f"{evaluator}-{_file_name(name)}.json", numbers | own)
-    return left_out
-
-
-def _evaluator_config(module: Any) -> Any:
-    from fdkit.commands._command import config_of
-
-    return config_of(getattr(module, "measure", None) or module.evaluate)()
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)[:80]
-
-
-def _analyse(
-    config: ReportConfig, given: dict[str, str], observed: Sequence[Observed], results: Path, split: str
-) -> list[str]:
-    """Make each analysis of the models that it can be made of; what was left out, in words."""
-    left_out: list[str] = []
-    wanted = [name for name in config.analyses if not (name in NEEDS_TWO and len(observed) < 2)]
-
-    def config_for(name: str) -> Any:
-        fields = {"batch_size": config.batch_size, "seed": config.seed}
-        return own_config(name, fields if name in OWN_COUNT else fields | {"num_images": config.num_images})
-
-    for names in _sharing_passes(wanted):
-        log.info("analysing: %s", ", ".join(names))
-        for name, analysis in _as_far_as_possible(names, observed, config_for, left_out).items():
-            shown = [str(model["name"]) for model in analysis.numbers["models"]]
-            models = [one.name for one in observed if one.name in shown] or [one.name for one in observed]
-            facts = {"command": config.model_dump(mode="json") | {"split": split}}
-            line = _analyze_line(name, config_for(name), config, {one: given[one] for one in models}, split)
-            save(results, name, analysis, facts | {"command_line": line})
-    return left_out
-
-
-def _analyze_line(name: str, own: Config, config: ReportConfig, models: dict[str, str], split: str) -> str:
-    """The command that makes one analysis alone."""
-    kind = analyze_config_class(name)
-    shared = {key: getattr(config, key) for key in ModelOptions.model_fields}
-    values = shared | own.model_dump() | {"loader": config.loader, "seed": config.seed, "split": split}
-    values |= {"model": tuple(models.values()), "names": tuple(models), "data": config.data}
-    return command_line(kind(**values), "analyze", name)
-
-
-def _sharing_passes(names: Sequence[str]) -> list[list[str]]:
-    """Statistics of attention together, everything else by itself."""
-    shared = [name for name in names if hasattr(plugin("analysis", name), "statistic")]
-    return [shared] * bool(shared) + [[name] for name in names if name not in shared]
-
-
-def _as_far_as_possible(
-    names: Sequence[str],
-    observed: Sequence[Observed],
-    config_for: Callable[[str], Any],
-    left_out: list[str],
-) -> dict[str, Analysis]:
-    """The analyses, those that fail left out: first alone, then without the models that they fail on."""
-    try:
-        return perform(names, observed, config_for)
-    except FdkitError as error:
-        if len(names) > 1:
-            found: dict[str, Analysis] = {}
-            for name in names:
-                found |= _as_far_as_possible([name], observed, config_for, left_out)
-            return found
-        if len(observed) == 1 or names[0] in NEEDS_TWO:
-            left_out.append(f"{names[0]}: {error}")
-            return {}
-    return _without_failing_models(names[0], observed, config_for, left_out)
-
-
-def _without_failing_models(
-    name: str, observed: Sequence[Observed], config_for: Callable[[str], Any], left_out: list[str]
-) -> dict[str, Analysis]:
-    kept: list[Observed] = []
-    for one in observed:
-        try:
-            perform([name], [one], config_for)
-            kept.append(one)
-        except FdkitError as error:
-            left_out.append(f"{name} of {one.name}: {error}")
-    if len(kept) == len(observed):  # each works alone, so they do not fit together: show the first
-        try:
-            return perform([name], kept, config_for)
-        except FdkitError as error:
-            left_out.append(f"{name} of {', '.join(one.name for one in kept[1:])}: {error}")
-            kept = kept[:1]
-    return perform([name], kept, config_for) if kept else {}
 
 
 def _show(page: Path, numbers: dict[str, Any]) -> None:

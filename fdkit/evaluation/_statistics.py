@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fdkit.errors import ConfigError, DataError, NumericsError
@@ -83,6 +82,8 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[floa
     if len(sample) == 1:
         return None
     mean, error = float(sample.mean()), float(sample.std(correction=1)) / math.sqrt(len(sample))
+    from scipy import stats  # type: ignore[import-untyped]  # half a second, for those who have several seeds
+
     half = float(stats.t.ppf((1 + level) / 2, len(sample) - 1)) * error
     return mean - half, mean + half
 

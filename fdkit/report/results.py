@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -153,11 +154,14 @@ def _measure_of(numbers: dict[str, Any], path: Path) -> str:
 
 
 def _binomial_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` images. Source: Wilson 1927."""
-    from scipy import stats  # type: ignore[import-untyped]
+    """The 95 % interval of a share of `count` images. Source: Wilson 1927.
 
-    found = stats.binomtest(round(share * count), count).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
+    Written out: SciPy's binomtest says the same, after a second for its import.
+    """
+    z = NormalDist().inv_cdf(0.975)
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return middle - half, middle + half
 
 
 def difference(one: Evaluation, reference: Evaluation) -> Difference:
