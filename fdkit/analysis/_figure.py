@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from math import ceil
 from pathlib import Path
@@ -101,6 +101,12 @@ def columns_of(figure: "Figure") -> int:
 def wrapped(title: str, figure: "Figure") -> str:
     """A panel's title, broken into lines that fit above the panel."""
     return textwrap.fill(title, width=round(9.5 * figure.get_figwidth() / columns_of(figure)))
+
+
+def legend_columns(names: Sequence[str], width: float) -> int:
+    """How many of these names fit beside each other in a legend under the figure; width: inches."""
+    longest = 0.5 + 0.085 * max(map(len, names), default=0)
+    return max(1, min(len(names), int(width / longest)))
 
 
 @in_style
