@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdkit.analysis._figure import INK, NARROW, ORANGE, WIDE, columns_of, in_style, panels, wrapped
+from fdkit.analysis._figure import INK, ORANGE, WIDE, columns_of, in_style, legend_columns, panels, wrapped
 from fdkit.analysis._lines import line_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def _draw_lines(models: Sequence[dict[str, Any]], width: float) -> "Figure":
         place.set_xlabel("step (of each filter's length)")
         place.margins(x=0.01)
     if len(models) > 1:
-        figure.legend(loc="outside lower center", ncols=3 if width > NARROW else 1)
+        names = [model["name"] for model in models]
+        figure.legend(loc="outside lower center", ncols=legend_columns(names, width))
     else:
         loss.set_title(wrapped(models[0]["name"], figure))
     return figure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdkit.analysis._figure import NARROW, WIDE, in_style, panels, wrapped
+from fdkit.analysis._figure import WIDE, in_style, legend_columns, panels, wrapped
 from fdkit.analysis._lines import colour_of, line_of, marker_of
 
 if TYPE_CHECKING:
@@ -93,5 +93,5 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
         place.locator_params(axis="x", nbins=5, integer=True)
     if len(models) > 1:
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=3 if width > NARROW else 1)
+        figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names, width))
     return figure

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from fdkit.analysis._directions import random_direction
+from fdkit.analysis._figure import NARROW, WIDE, legend_columns
 from fdkit.analysis._objective import labelled_images, make_objective
 from fdkit.analysis.loss_landscape import LossLandscapeConfig, analyze, draw, scalars, summary
 from fdkit.analysis.observe import Images, Observed
@@ -455,6 +456,9 @@ def test_the_figures(run: Path) -> None:
         for line, model in zip(axes.lines, lines.numbers["models"], strict=True):
             assert list(line.get_xdata()) == model["x"]
             assert list(line.get_ydata()) == pytest.approx([factor * value for value in model[key]])
+    assert legend_columns(["a" * 30] * 4, WIDE) == 2
+    assert legend_columns(["a" * 30] * 4, NARROW) == legend_columns(["a" * 300], NARROW) == 1
+    assert legend_columns(["a", "b"], WIDE) == 2
     maps = analyze([seen(tiny(), "a"), seen(tiny(depth=3), "b")], config(resolution=3, dimensions=2))
     figure = maps.figure()
     assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["a", "b"]
