@@ -79,7 +79,9 @@ class LossLandscapeConfig(Config):
     """Images a forward pass."""
     sharpness: bool = False
     """Also find the largest eigenvalue of the loss's Hessian: some 10 to 30 products with it, each of which costs about
-    12 forward passes of all images (ViT-Tiny on 64: 25 s on one core) and, with its batch of 32, 4 GB."""
+    12 forward passes of all images (ViT-Tiny on 64: 25 s on one core) and, with its batch of 32, 4 GB. Of the weights
+    as they are: unlike the landscape it grows where weights are scaled down, so it follows one training better than it
+    compares two (Dinh et al. 2017, arXiv 1703.04933)."""
     max_products: int = Field(default=30, ge=1)
     """Products with the Hessian, at most; the weights are held once more for each."""
     tolerance: float = Field(default=0.05, gt=0)
