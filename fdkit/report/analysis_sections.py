@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fdkit.report.page import Column, Details, Picture, Section, Table, picture
+from fdkit.report.page import Column, Details, Drawing, Section, Table
 
 log = logging.getLogger("fdkit")
 
@@ -40,9 +40,9 @@ def analysis_module(name: str) -> ModuleType | None:
 
 
 def analysis_sections(analyses: Mapping[str, Mapping[str, Any]], problems: list[str]) -> list[Section]:
-    """A section an analysis, in the order of ORDER; those that cannot be drawn are told in `problems`.
+    """A section an analysis, in the order of ORDER, its figure still to be drawn.
 
-    analyses: the numbers of each by its name.
+    analyses: the numbers of each by its name. Those that this version has no words for are told in `problems`.
     """
     sections = []
     for name in sorted(analyses, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
@@ -52,13 +52,15 @@ def analysis_sections(analyses: Mapping[str, Mapping[str, Any]], problems: list[
             continue
         try:
             sections.append(_section(name, module, analyses[name]))
-        except Exception as error:  # numbers of another version can fail anywhere in a drawing
-            log.debug("the analysis %s cannot be drawn", name, exc_info=True)
-            problems.append(
-                f"{name}: its numbers cannot be drawn ({type(error).__name__}: {error}); make them again with "
-                f"{numbers_command(analyses[name])}"
-            )
+        except Exception as error:  # numbers of another version can fail anywhere
+            log.debug("the analysis %s cannot be shown", name, exc_info=True)
+            problems.append(cannot_be_shown(heading_of(name), error, numbers_command(analyses[name])))
     return sections
+
+
+def cannot_be_shown(heading: str, error: Exception, command: str) -> str:
+    """What a page says of numbers that it cannot show."""
+    return f"{heading}: its numbers cannot be shown ({type(error).__name__}: {error}); make them again with {command}"
 
 
 def numbers_command(numbers: Mapping[str, Any]) -> str:
@@ -76,23 +78,17 @@ def heading_of(name: str) -> str:
 def _section(name: str, module: ModuleType, numbers: Mapping[str, Any]) -> Section:
     title, (header, *rows) = module.summary(numbers)
     table = Table([Column(word) for word in header], rows, title)
-    models = [str(model["name"]) for model in numbers["models"]]
-    figure = _figure(name, module, numbers, models)
-    is_viewer = name == "attention-viewer"
+    models = ", ".join(str(model["name"]) for model in numbers["models"])
+    keeps_colours = bool(getattr(module, "KEEPS_COLOURS", False))
+    figure = Drawing(partial(module.draw, numbers), f"{heading_of(name)} of {models}", keeps_colours)
     return Section(
         heading_of(name),
         [module.READING, *_provenance(numbers)],
         table=_scalars(module, numbers),
-        viewer=numbers if is_viewer else None,
+        viewer=numbers if name == "attention-viewer" else None,
         pictures=[figure],
         details=[Details("The numbers", table=table), Details("Make it again", numbers_command(numbers))],
     )
-
-
-def _figure(name: str, module: ModuleType, numbers: Mapping[str, Any], models: list[str]) -> Picture:
-    keeps_colours = bool(getattr(module, "KEEPS_COLOURS", False))
-    alt = f"{heading_of(name)} of {', '.join(models)}"
-    return picture(partial(module.draw, numbers), alt, photo=keeps_colours)
 
 
 def _scalars(module: ModuleType, numbers: Mapping[str, Any]) -> Table | None:

@@ -52,6 +52,15 @@ class Picture(NamedTuple):
     """Shown as it is in the dark; drawings have their lightness turned around instead."""
 
 
+class Drawing(NamedTuple):
+    """What `picture` makes a Picture of, once all drawings of a page are known: see `drawing.with_pictures`."""
+
+    draw: Callable[[float], Any]
+    """Gives the matplotlib figure for a width in inches."""
+    alt: str
+    photo: bool = False
+
+
 class Thumbnail(NamedTuple):
     """One image of a gallery."""
 
@@ -80,7 +89,8 @@ class Section(NamedTuple):
     table: Table | None = None
     viewer: Mapping[str, Any] | None = None
     """Numbers of the analysis attention-viewer, to explore; one section of a page may have them."""
-    pictures: Sequence[Picture] = ()
+    pictures: "Sequence[Picture | Drawing]" = ()
+    """Drawings have to be made into pictures before the page is written."""
     gallery: Sequence[Thumbnail] = ()
     code: str = ""
     """A command to copy."""
@@ -132,11 +142,15 @@ def render_page(
 ) -> str:
     """The page as HTML. Every text is escaped, in the viewer's data too.
 
-    Raises ValueError if more than one section holds a viewer.
+    Raises ValueError if more than one section holds a viewer, or one a drawing.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
+    if any(isinstance(one, Drawing) for section in sections for one in section.pictures):
+        raise ValueError(
+            "a page takes pictures, and a section still holds a drawing: see drawing.with_pictures"
+        )
     num_viewers = sum(section.viewer is not None for section in sections)
     if num_viewers > 1:
         raise ValueError(f"a page holds one attention viewer, not {num_viewers}")

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fdkit import __version__
-from fdkit.report.analysis_sections import analysis_sections, numbers_command
+from fdkit.report.analysis_sections import analysis_sections, cannot_be_shown, numbers_command
+from fdkit.report.drawing import with_pictures
 from fdkit.report.figures import comparison_intervals
 from fdkit.report.page import (
     MAX_PAGE_MEGABYTES,
     Column,
     Details,
-    Picture,
+    Drawing,
     Section,
     Table,
-    picture,
     write_page,
 )
 from fdkit.report.results import Evaluation, Results, difference
@@ -46,16 +46,20 @@ class Report(NamedTuple):
 def write_report(path: Path, report: Report) -> Path:
     """Write the page and return its path. Raises OutputError if it cannot be written."""
     problems = [*report.left_out, *report.results.problems]
-    analyses = analysis_sections(report.results.analyses, problems)
-    sections = [
+    shown = [
         *run_sections(report.runs),
         *_accuracy_sections(report.results.evaluations, report.names),
         *_comparison_sections(report.results),
         *_other_sections(report.results),
-        *analyses,
-        *_missing_sections(report, problems),
-        _again_section(report),
+        *analysis_sections(report.results.analyses, problems),
     ]
+    drawn: list[Section] = []
+    for section, one in zip(shown, with_pictures(shown), strict=True):
+        if isinstance(one, Exception):
+            problems.append(cannot_be_shown(section.heading, one, section.details[-1].text))
+        else:
+            drawn.append(one)
+    sections = [*drawn, *_missing_sections(report, problems), _again_section(report)]
     write_page(path, _title(report), lead=_lead(report), sections=sections, facts=_facts(report))
     megabytes = path.stat().st_size / 1e6
     if megabytes > MAX_PAGE_MEGABYTES:
@@ -129,7 +133,7 @@ def _accuracy_sections(evaluations: Sequence[Evaluation], names: Sequence[str]) 
         Section(
             "Accuracy",
             table=_accuracy_table(groups),
-            pictures=_accuracy_pictures(evaluations, names),
+            pictures=_accuracy_drawings(evaluations, names),
             details=[Details("Make them again", "\n".join(again))] if again else [],
         )
     ]
@@ -177,7 +181,7 @@ def _how_compared(is_paired: set[bool]) -> str:
     return words
 
 
-def _accuracy_pictures(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[Picture]:
+def _accuracy_drawings(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[Drawing]:
     """Each accuracy with its interval, where those are known."""
     known = [one for one in evaluations if one.low is not None]
     models = list(dict.fromkeys([*names, *(one.model for one in known)]))
@@ -193,7 +197,7 @@ def _accuracy_pictures(evaluations: Sequence[Evaluation], names: Sequence[str]) 
         for name in models
     ]
     rows = [(name, row) for name, row in rows if row]
-    return [picture(partial(comparison_intervals, rows), "Accuracies with their intervals")] if rows else []
+    return [Drawing(partial(comparison_intervals, rows), "Accuracies with their intervals")] if rows else []
 
 
 def _comparison_sections(results: Results) -> list[Section]:

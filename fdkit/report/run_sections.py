@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fdkit.report.figures import DISTILLATION_CURVES, training_curves
-from fdkit.report.page import Column, Details, Section, Table, picture
+from fdkit.report.page import Column, Details, Drawing, Section, Table
 from fdkit.report.training_curves import training_figure
 from fdkit.training.progress import duration
 from fdkit.training.run import read_metrics
@@ -182,7 +182,7 @@ def _training(run: RunFolder, heading: str) -> Section:
     ]
     if (explained := last.get("explained_variance")) is not None:
         words = [f"{words[0][:-1]}; it explains {explained:.0%} of the variance of the targets."]
-    drawing = picture(partial(_curves, run.rows), f"Training curves of {run.name}")
+    drawing = Drawing(partial(_curves, run.rows), f"Training curves of {run.name}")
     return Section(
         heading, words, pictures=[drawing], details=[Details("The numbers", table=_metrics(training))]
     )

@@ -153,7 +153,7 @@ def test_a_damaged_result_is_told_and_keeps_nothing_else_away(whole, tmp_path):
     numbers = fdkit.make_report(folder, output=tmp_path / "report")
     page = Path(numbers["page"])
     assert headings(page)[:3] == ["Accuracy", "Attention viewer", "Attention distance"]
-    assert "cka: its numbers cannot be drawn" in page.read_text()
+    assert "CKA: its numbers cannot be shown" in page.read_text()
     assert "spectrum.json: cannot be read" in page.read_text()
 
 
