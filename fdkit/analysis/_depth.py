@@ -2,19 +2,18 @@
 
 import textwrap
 from collections.abc import Sequence
-from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdkit.analysis._figure import BLUE, GREY, ORANGE, PALETTE
+from fdkit.analysis._figure import BLUE, GREY, ORANGE
+from fdkit.analysis._lines import colour_of, line_of, marker_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DASHED = (0, (4, 3))
-_LINES = (("-", "o"), (DASHED, "s"), ((0, (1, 1.5)), "^"))
 
 
 def draw_heads(
@@ -50,16 +49,20 @@ def draw_models(
     values: [[a number a layer] a model]; references: the same, drawn thin and dashed in the colour of the model.
     Models beyond the palette differ by line and mark.
     """
-    styles = [(colour, *line) for line, colour in product(_LINES, PALETTE)]
     for number, (name, numbers) in enumerate(zip(names, values, strict=True)):
-        colour, line, mark = styles[number % len(styles)]
         layers = range(1, len(numbers) + 1)
         shown = np.array(numbers, dtype=float)
         axes.plot(
-            layers, shown, color=colour, linestyle=line, linewidth=1.8, marker=mark, markersize=4, label=name
+            layers,
+            shown,
+            linewidth=1.8,
+            marker=marker_of(number),
+            markersize=4,
+            label=name,
+            **line_of(number),
         )
         if references is not None:
-            axes.plot(layers, references[number], color=colour, linestyle=DASHED, linewidth=0.9)
+            axes.plot(layers, references[number], color=colour_of(number), linestyle=DASHED, linewidth=0.9)
     label_layers(axes, max(len(numbers) for numbers in values))
 
 

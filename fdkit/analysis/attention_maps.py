@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+KEEPS_COLOURS = True
 READING = (
     "A bright diagonal is attention to the patch itself and its neighbours, bright columns are places that all "
     "patches look at; the lines say how much of the attention of patches is of either kind, layer by layer."

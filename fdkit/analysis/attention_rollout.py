@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from fdkit.analysis._tiles import Tile
 
+KEEPS_COLOURS = True
 READING = (
     "Bright patches are those whose content reaches the query through all layers, each map scaled to its own "
     "brightest patch: a map that follows the object says that the model's output is made of it."

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from fdkit.analysis._tiles import Tile
 
+KEEPS_COLOURS = True
 READING = (
     "Bright patches are those that the query attends to, each map scaled to its own brightest patch: maps that differ "
     "from head to head divide the work, and maps that follow an object show what the model takes the image to be of."

@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,12 @@ from fdkit.analysis._figure import WIDE, in_style
 from fdkit.analysis._pictures import image_to_text, to_pixels
 from fdkit.analysis._residual import Folds, LinearMap, Unexplained
 from fdkit.analysis._residual_figure import draw_residual, percent
-from fdkit.analysis._targets import Whitening, final_tokens, paired_tokens, whiten
+from fdkit.analysis._targets import final_tokens
 from fdkit.analysis.observe import Images, Observed, first_images
 from fdkit.config import Config
 from fdkit.errors import ConfigError, DataError, NumericsError
 from fdkit.models.backbone import Tokens
+from fdkit.models.distillation_target import paired_tokens, whiten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +40,8 @@ READING = (
     "better than the channel's mean: channels and places far below the others are what the student fails to match, "
     "and bright spots in the images are where it fails."
 )
+VectorWhitening = Literal["layernorm", "l2", "none"]
+"""Kinds of whitening that a token alone decides; over a batch it would hang on which images come together."""
 KEEPS_COLOURS = True
 PICTURE_SIDE = 112
 
@@ -46,7 +49,7 @@ PICTURE_SIDE = 112
 class DistillationResidualConfig(Config):
     """How student and teacher are compared, on MODEL MODEL ...: the teacher first, then one student or several."""
 
-    whitening: Whitening = "layernorm"
+    whitening: VectorWhitening = "layernorm"
     """What the teacher's tokens go through first: layernorm (each token to mean 0 and variance 1), l2 (to length 1)
     or none."""
     fit_ratio: float = Field(default=0.5, gt=0, lt=1)
@@ -133,7 +136,7 @@ def _batches(teacher: Observed, config: DistillationResidualConfig, *, fitted: b
         )
 
 
-def _pair(student: Tokens, teacher: Tokens, whitening: Whitening) -> tuple[Tensor, Tensor]:
+def _pair(student: Tokens, teacher: Tokens, whitening: VectorWhitening) -> tuple[Tensor, Tensor]:
     """Paired tokens on the teacher's device, the teacher's whitened."""
     own, target = paired_tokens(student, teacher)
     return own.to(target.device), whiten(target, whitening)

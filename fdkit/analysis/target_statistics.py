@@ -17,9 +17,10 @@ from torch import Tensor
 from fdkit.analysis._analysis import Analysis
 from fdkit.analysis._features import need_models
 from fdkit.analysis._figure import BLUE, NARROW, ORANGE, WIDE, columns_of, in_style, panels, wrapped
-from fdkit.analysis._targets import EPS, WHITENING_WORDS, final_tokens, target_tokens, whiten
+from fdkit.analysis._targets import WHITENING_WORDS, final_tokens, target_tokens
 from fdkit.analysis.observe import Observed, first_images
 from fdkit.config import Config
+from fdkit.models.distillation_target import EPS, whiten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,11 +22,9 @@ from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 from fdkit.methods._several_teachers import dropped_mean, normalised_weights, weighted_sum
 from fdkit.models.backbone import Backbone, Tokens
-from fdkit.models.collectives import mean_over_ranks
+from fdkit.models.distillation_target import Whitening, paired_tokens, whiten
 from fdkit.models.stochastic_depth import add_stochastic_depth
 from fdkit.teachers.teacher import Teacher, short_names
-
-EPS = 1e-5
 
 
 class FeatureDistillationConfig(Config):
@@ -40,7 +38,7 @@ class FeatureDistillationConfig(Config):
     negative; left out, the end of the network."""
     norm: bool = True
     """Whether these tokens first go through the teacher's own final norm; a stage before the last needs false."""
-    whitening: Literal["layernorm", "batch", "l2", "none"] = "layernorm"
+    whitening: Whitening = "layernorm"
     """Per vector to mean 0 and variance 1; per channel over batch and tokens to the same; per vector to length 1; or
     the target as it is."""
     beta: float = Field(default=2.0, gt=0)
@@ -203,47 +201,6 @@ def check_targets(config: FeatureDistillationConfig, names: Sequence[str]) -> No
         raise ConfigError(
             f"distillation.teacher_weights has {len(weights)} numbers for {len(names)} teachers ({', '.join(names)})"
         )
-
-
-def paired_tokens(student: Tokens, teacher: Tokens) -> tuple[Tensor, Tensor]:
-    """The tokens of both that stand for the same place, (B, N, C_s) and (B, N, C_t).
-
-    The class tokens come first if both have one; then the teacher's grid, to which the student's is resampled
-    (bilinear, antialiased). Resampling the target instead would teach a blurred map.
-    """
-    patches = resample(student, teacher.grid)
-    if student.prefix.shape[1] == 0 or teacher.prefix.shape[1] == 0:
-        return patches, teacher.patches
-    pairs = ((student.prefix, patches), (teacher.prefix, teacher.patches))
-    first, second = (torch.cat([prefix[:, :1], rest.to(prefix.dtype)], dim=1) for prefix, rest in pairs)
-    return first, second
-
-
-def resample(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
-    """Patch tokens on another grid, (B, h*w, C), bilinear and antialiased; unchanged if it is the same grid."""
-    if tokens.grid == grid:
-        return tokens.patches
-    maps = tokens.patches.transpose(1, 2).unflatten(2, tokens.grid).float()
-    resized = F.interpolate(maps, size=grid, mode="bilinear", antialias=True)
-    return resized.flatten(2).transpose(1, 2).to(tokens.patches.dtype)
-
-
-def whiten(target: Tensor, whitening: Literal["layernorm", "batch", "l2", "none"]) -> Tensor:
-    """The target (..., C) float32 on the scale the loss works in; nothing here is learned.
-
-    layernorm: mean 0 and biased variance 1 (eps 1e-5) over the channels of each vector. batch: the same over all
-    vectors for each channel, across ranks. l2: length 1 for each vector.
-    """
-    if whitening == "layernorm":
-        return F.layer_norm(target, target.shape[-1:], eps=EPS)
-    if whitening == "l2":
-        return F.normalize(target, dim=-1)
-    if whitening == "batch":
-        rows = target.flatten(0, -2)
-        mean = mean_over_ranks(rows.mean(dim=0))
-        variance = mean_over_ranks((rows - mean).square().mean(dim=0))
-        return (target - mean) * (variance + EPS).rsqrt()
-    return target
 
 
 def explained_variance(prediction: Tensor, target: Tensor) -> Tensor:

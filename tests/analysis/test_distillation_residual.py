@@ -10,7 +10,7 @@ from torch import Tensor
 from fdkit.analysis._moments import Moments
 from fdkit.analysis._pictures import image_from_text
 from fdkit.analysis._residual import RIDGES, Folds, Parts, Unexplained, merged, squared_error
-from fdkit.analysis._targets import final_tokens, paired_tokens, whiten
+from fdkit.analysis._targets import final_tokens
 from fdkit.analysis.distillation_residual import (
     DistillationResidualConfig,
     analyze,
@@ -21,6 +21,7 @@ from fdkit.analysis.distillation_residual import (
 )
 from fdkit.analysis.observe import Images, Observed
 from fdkit.errors import ConfigError, DataError, NumericsError
+from fdkit.models.distillation_target import paired_tokens, whiten
 from fdkit.models.libraries import build_timm
 
 LEAST_SQUARES = DistillationResidualConfig(ridge=0, num_shown=2)

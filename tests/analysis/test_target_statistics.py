@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fdkit.analysis._targets import final_tokens, paired_tokens, target_tokens, whiten
+from fdkit.analysis._targets import final_tokens, target_tokens
 from fdkit.analysis.observe import Images, Observed
 from fdkit.analysis.target_statistics import (
     ChannelMoments,
@@ -18,8 +18,8 @@ from fdkit.analysis.target_statistics import (
     summary,
 )
 from fdkit.errors import ConfigError, DataError, NumericsError
-from fdkit.methods import feature_distillation
 from fdkit.models.backbone import Tokens
+from fdkit.models.distillation_target import whiten
 from fdkit.models.libraries import build_timm
 
 
@@ -33,21 +33,6 @@ def batches(images: Tensor, sizes: int | list[int] = 8) -> list[Images]:
 
 def tokens_of(num_prefix: int, grid: tuple[int, int], width: int) -> Tokens:
     return Tokens(torch.randn(2, num_prefix, width), torch.randn(2, grid[0] * grid[1], width), grid)
-
-
-@pytest.mark.parametrize("prefixes", [(0, 1), (1, 1), (1, 5), (5, 1)])
-@pytest.mark.parametrize("grid", [(3, 5), (6, 4)])
-def test_tokens_are_paired_as_in_distillation(prefixes, grid):
-    student, teacher = tokens_of(prefixes[0], (3, 5), 4), tokens_of(prefixes[1], grid, 6)
-    expected = feature_distillation.paired_tokens(student, teacher)
-    for own, other in zip(paired_tokens(student, teacher), expected, strict=True):
-        torch.testing.assert_close(own, other)
-
-
-@pytest.mark.parametrize("whitening", ["layernorm", "l2", "none"])
-def test_whitening_is_that_of_distillation(whitening):
-    vectors = 3 * torch.randn(2, 5, 7) + 1
-    assert torch.equal(whiten(vectors, whitening), feature_distillation.whiten(vectors, whitening))
 
 
 def test_moments_equal_those_of_scipy_however_the_rows_are_batched():
@@ -98,7 +83,7 @@ def test_numbers_equal_numpy_on_all_tokens():
     assert (found["num_images"], found["num_tokens"], found["width"]) == (5, len(rows), 24)
     assert len(rows) == 5 * 17
     for kind in ("none", "layernorm", "l2", "batch"):
-        target = feature_distillation.whiten(rows, kind)
+        target = whiten(rows, kind)
         table = found[kind]
         np.testing.assert_allclose(table["mean"], target.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(table["std"], target.std(0, correction=0), rtol=1e-4, atol=1e-6)

@@ -179,7 +179,12 @@ def test_labels_with_html_are_shown_and_not_run(tmp_path):
             path = tmp_path / "photos" / label / f"{place}<script>.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 40), (120 * number, 10 * place, 60)).save(path)
-    fields = SMALL | {"analyses": ("attention-viewer", "layer-knn"), "evaluators": (), "num_images": 12, "split": "all"}
+    fields = SMALL | {
+        "analyses": ("attention-viewer", "layer-knn"),
+        "evaluators": (),
+        "num_images": 12,
+        "split": "all",
+    }
     numbers = fdkit.make_report("demo", tmp_path / "photos", output=tmp_path / "report", **fields)
     text = Path(numbers["page"]).read_text()
     assert "<img src=x" not in text
@@ -187,7 +192,9 @@ def test_labels_with_html_are_shown_and_not_run(tmp_path):
     with browser() as window:
         window.open(Path(numbers["page"]))
         window.wait_for("document.querySelector('.viewer-images img')")
-        shown = window.run("[...document.querySelectorAll('.viewer-images img')].map((one) => one.alt).join()")
+        shown = window.run(
+            "[...document.querySelectorAll('.viewer-images img')].map((one) => one.alt).join()"
+        )
         assert "image 1: <b>dog" in shown
         assert "<img src=x onerror=alert(1)>" in shown
         assert window.complaints == []

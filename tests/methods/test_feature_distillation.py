@@ -13,11 +13,9 @@ from fdkit.methods.feature_distillation import (
     FeatureDistillation,
     FeatureDistillationConfig,
     explained_variance,
-    paired_tokens,
-    resample,
-    whiten,
 )
 from fdkit.models.backbone import Backbone, Tokens
+from fdkit.models.distillation_target import paired_tokens, resample, whiten
 from fdkit.models.libraries import build_timm
 from fdkit.models.student import StudentConfig, build_student
 from fdkit.teachers.teacher import Teacher

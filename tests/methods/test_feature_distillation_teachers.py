@@ -14,8 +14,9 @@ from fdkit.data.views import CropConfig, RandomCrop
 from fdkit.errors import ConfigError
 from fdkit.methods import _several_teachers
 from fdkit.methods._several_teachers import dropped_mean, keep_teachers, normalised_weights
-from fdkit.methods.feature_distillation import FeatureDistillation, FeatureDistillationConfig, whiten
+from fdkit.methods.feature_distillation import FeatureDistillation, FeatureDistillationConfig
 from fdkit.models.backbone import Backbone
+from fdkit.models.distillation_target import whiten
 from fdkit.models.libraries import build_timm
 from fdkit.models.student import StudentConfig, build_student
 from fdkit.teachers.teacher import Teacher
