@@ -34,7 +34,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     [
         (["distil"], 2, "did you mean distill?"),
         (["evaluate", "knnn", "demo"], 2, "did you mean knn?"),
-        (["analyze", "attention-distanc", "demo"], 2, "did you mean attention-distance?"),
+        (["analyze", "attention-distanc", "demo"], 2, "did you mean attention-distance"),
         (["pretrain", "mocov4"], 2, "did you mean mocov3 or mocov2 or mocov1?"),
         (["distill", "--teacher", "demo"], 2, "--data"),
         (

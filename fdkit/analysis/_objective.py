@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -11,8 +10,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import skip_init
 
-from fdkit.analysis.observe import Images, Observed, backbone_of
+from fdkit.analysis.observe import Images, Observed, backbone_of, evaluating
 from fdkit.data.imagenet_variants import imagenet_wnids
 from fdkit.errors import ConfigError, DataError, NumericsError
 from fdkit.models.backbone import Backbone, Pooling
@@ -262,7 +262,8 @@ def _fit_probe(
     if len(weight) == 1:  # of two classes, scikit-learn keeps the second alone
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     dtype = torch.promote_types(backbone.dtype, torch.float32)
-    probe = nn.Linear(len(mean), len(seen), device=backbone.mean.device, dtype=dtype)
+    # Without the usual start, which would draw from the global random numbers.
+    probe = skip_init(nn.Linear, len(mean), len(seen), device=backbone.mean.device, dtype=dtype)
     probe.weight.copy_(weight / std)
     probe.bias.copy_(bias - (weight * (mean / std)).sum(1))
     places = torch.full((len(observed.classes),), -1)
@@ -272,15 +273,3 @@ def _fit_probe(
 
 def _probed(backbone: Backbone, images: Tensor, *, probe: nn.Linear, pooling: Pooling) -> Tensor:
     return F.linear(backbone.pooled(images, pooling).to(probe.weight.dtype), probe.weight, probe.bias)
-
-
-@contextmanager
-def evaluating(backbone: nn.Module) -> Iterator[None]:
-    """Evaluation mode while the context lasts; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -23,9 +23,9 @@ from fdkit.analysis._analysis import Analysis
 from fdkit.analysis._directions import Path, axis, principal_path, random_direction, span, walk
 from fdkit.analysis._features import need_models
 from fdkit.analysis._landscape_figure import draw
-from fdkit.analysis._objective import Objective, Readout, evaluating, make_objective
+from fdkit.analysis._objective import Objective, Readout, make_objective
 from fdkit.analysis._sharpness import Sharpness, hessian_product, largest_eigenvalue
-from fdkit.analysis.observe import Observed
+from fdkit.analysis.observe import Observed, evaluating
 from fdkit.config import Config
 from fdkit.errors import ConfigError, DataError, NumericsError
 from fdkit.models.backbone import Pooling

@@ -159,7 +159,7 @@ def observe_attention(model: "Backbone | Teacher", images: Tensor, visit: Visit)
     """
     backbone = backbone_of(model)
     reader = _Reader(visit, batch_size=len(images), layout=_global_layout(backbone, images))
-    with _evaluating(backbone), _reading(backbone.network, reader):
+    with evaluating(backbone), _reading(backbone.network, reader):
         # Not the compiled call, if there is one: hooks must see each block.
         tokens: Tokens = backbone.forward(images.to(backbone.mean.device))
     if reader.num_layers == 0:
@@ -176,7 +176,7 @@ def observe_layers(model: "Backbone | Teacher", images: Tensor) -> tuple[Tokens,
     """
     backbone = backbone_of(model)
     layers = range(len(list_layers(backbone.network)))
-    with _evaluating(backbone):
+    with evaluating(backbone):
         return backbone.encode_layers(images.to(backbone.mean.device), layers, norm=False)
 
 
@@ -184,7 +184,7 @@ def observe_layers(model: "Backbone | Teacher", images: Tensor) -> tuple[Tokens,
 def observe_tokens(model: "Backbone | Teacher", images: Tensor) -> Tokens:
     """Final tokens of images (B, 3, H, W) in [0, 1], in evaluation mode and without gradients."""
     backbone = backbone_of(model)
-    with _evaluating(backbone):
+    with evaluating(backbone):
         tokens: Tokens = backbone(images.to(backbone.mean.device))
     return tokens
 
@@ -217,7 +217,7 @@ def observe_pooling(model: "Backbone | Teacher", tokens: Tokens) -> Tensor | Non
 
     handles = [part.register_forward_hook(keep) for part in (pooling.q_norm, pooling.k_norm)]
     try:
-        with _evaluating(backbone):
+        with evaluating(backbone):
             network.forward_head(features, pre_logits=True)
     finally:
         for handle in handles:
@@ -290,7 +290,7 @@ def _check_softmax(module: nn.Module, attention: Tensor) -> None:
 
 
 @contextmanager
-def _evaluating(backbone: Backbone) -> Iterator[None]:
+def evaluating(backbone: Backbone) -> Iterator[None]:
     """The whole batch goes through in evaluation mode, in one part; afterwards all is as before."""
     modes = [(module, module.training) for module in backbone.modules()]
     num_parts = backbone.num_parts

@@ -10,7 +10,7 @@ from fdkit.analysis._figure import save_figure
 from fdkit.analysis._rows import numbers_to_csv
 from fdkit.analysis.observe import Observed
 from fdkit.commands._command import config_of, plugin, plugins, write_result
-from fdkit.config import Config
+from fdkit.config import Config, validate
 from fdkit.errors import ConfigError, OutputError
 
 SUFFIXES = ("json", "csv", "svg", "png")
@@ -29,9 +29,9 @@ def needs_head(names: Sequence[str]) -> bool:
 
 
 def own_config(name: str, fields: Mapping[str, Any]) -> Any:
-    """The configuration of an analysis with those of the fields that it has."""
+    """The configuration of an analysis with those of the fields that it has. Raises ConfigError if one is refused."""
     kind: type[Config] = config_of(plugin("analysis", name).analyze)
-    return kind(**{key: value for key, value in fields.items() if key in kind.model_fields})
+    return validate(kind, {key: value for key, value in fields.items() if key in kind.model_fields}, name)
 
 
 def perform(

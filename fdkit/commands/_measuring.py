@@ -25,7 +25,7 @@ from fdkit.training.distributed import local_device
 log = logging.getLogger("fdkit")
 
 NEEDS_TWO = frozenset({"distillation-residual"})
-OWN_COUNT = frozenset({"attention-viewer"})
+OWN_COUNT = frozenset({"attention-viewer", "patch-pca"})
 """Analyses that show single images and keep their own number of them."""
 
 

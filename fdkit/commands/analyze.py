@@ -69,7 +69,8 @@ class AnalyzeConfig(ModelOptions, Command):
     """
 
     model: tyro.conf.Positional[tuple[str, ...]]
-    """Models: catalog names, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, checkpoint files, run folders, or demo."""
+    """Models: catalog names, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, checkpoint files, run folders,
+    checkpoints of a run (RUN/checkpoints/step-00000200), or demo."""
     data: str
     """Images: a folder, digits, or demo; few analyses need labels, and say so."""
     split: str = "all"

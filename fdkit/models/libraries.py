@@ -170,9 +170,14 @@ def save_backbone(backbone: Backbone, folder: Path) -> None:
     Each file appears whole or not at all. A timm network loads without fdkit:
     `timm.create_model(recipe["architecture"], **recipe["model_args"], checkpoint_path=".../student.safetensors")`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(backbone, folder)
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.network.state_dict().items()}
     save_tensors(folder / WEIGHTS_FILE, state)
+
+
+def save_recipe(backbone: Backbone, folder: Path) -> None:
+    """Writes `student.json`, the recipe alone, whole or not at all; with it the run's checkpoints can be read."""
+    folder.mkdir(parents=True, exist_ok=True)
     recipe = json.dumps(backbone.recipe, indent=2) + "\n"
     _write_whole(folder / RECIPE_FILE, recipe.encode())
 

@@ -21,6 +21,7 @@ from fdkit.data.loader import BadImages, Batch, LoaderConfig, training_batches
 from fdkit.data.sources import ImageSource
 from fdkit.errors import ConfigError, NumericsError, PreemptedError, WeightsError
 from fdkit.methods._method import Duration, Method
+from fdkit.models.libraries import save_recipe
 from fdkit.models.vit import patch_projection
 from fdkit.training.activations import cache_batch, checkpoint_activations
 from fdkit.training.checkpoint import (
@@ -105,6 +106,8 @@ def train(
             method, source, run, plan=plan, train=train, optim=optim, seed=seed, world=world, device=device
         )
         trainer.restore()
+        if run.writes:
+            save_recipe(method.exported, run.folder)  # so that checkpoints can be looked at before the end
         trainer.run_steps(loader, monitors, stop)
         export_student(method, run)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdkit.commands._command import evaluation_images
+from fdkit.commands._command import EvaluationImages
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import open_source
 from fdkit.teachers.loading import load_teacher
@@ -17,9 +17,9 @@ def top1(shared: Path) -> float:
     """Share of the sample's 1,000 photos, one a class in ImageNet's order, that the classifier names right."""
     teacher = load_teacher(str(shared / WEIGHTS), keep_head=True)
     source = open_source(str(shared / "data/imagenet_sample_1k"), "val")
-    batches = evaluation_images(teacher, source, LoaderConfig(workers=0), batch_size=50)
+    batches = EvaluationImages(teacher, source, LoaderConfig(workers=0), batch_size=50)
     with torch.inference_mode():
-        guessed = torch.cat([teacher.backbone.logits(images).argmax(dim=1) for images in batches])
+        guessed = torch.cat([teacher.backbone.logits(images.pixels).argmax(dim=1) for images in batches])
     return float((guessed == torch.tensor(source.labels)).float().mean())
 
 
