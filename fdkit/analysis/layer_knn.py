@@ -64,9 +64,9 @@ def analyze(observed: Sequence[Observed], config: LayerKnnConfig) -> Analysis:
     The numbers hold, for each model, "accuracy", a fraction a layer, "interval", [low, high] a layer: 95 %, Wilson
     1927, of images taken as independent; "chance", of always answering the most frequent class; "num_images", the
     labelled ones, "num_unlabelled", "num_classes", those among the images, and "num_classes_of_data", all of them.
-    Raises DataError for images without labels, of one class alone, for k labelled images or fewer, or models with
-    different labels; ConfigError for a model whose layers are not known or that has no class token where it is asked
-    for, NumericsError for features that are not finite.
+    Raises DataError for images without labels, of one class alone or of one class each, for k labelled images or
+    fewer, or models with different labels; ConfigError for a model whose layers are not known or that has no class
+    token where it is asked for, NumericsError for features that are not finite.
     """
     need_models(observed, "layer-knn")
     models: list[dict[str, Any]] = []
@@ -114,7 +114,12 @@ def _read(observed: Observed, config: LayerKnnConfig) -> Labelled:
     if len(all_labels.unique()) < 2:
         raise DataError(
             f"the {num_labelled} labelled images are all of one class, so that there is nothing to tell apart",
-            "the first images of the data are read: use a larger --num-images, or a folder of more classes",
+            "use a larger --num-images, or a folder of more classes",
+        )
+    if int(all_labels.bincount().max()) < 2:
+        raise DataError(
+            f"each of the {num_labelled} labelled images is the only one of its class, so that no vote can be right",
+            "use a larger --num-images, or images of fewer classes",
         )
     return Labelled([torch.cat(parts) for parts in layers], all_labels, num_unlabelled)
 

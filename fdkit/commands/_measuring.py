@@ -1,9 +1,10 @@
 """What `fdkit report` measures before it writes the page: accuracies and analyses of each model, as far as they go."""
 
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,15 @@ log = logging.getLogger("fdkit")
 NEEDS_TWO = frozenset({"distillation-residual"})
 OWN_COUNT = frozenset({"attention-viewer", "patch-pca"})
 """Analyses that show single images and keep their own number of them."""
+LIGHTER: dict[str, dict[str, Any]] = {"spectrum": {"num_views": 0}}
+"""What a report leaves to `fdkit analyze`: LiDAR takes ten passes an image, as long as everything else together."""
+
+
+class Made(NamedTuple):
+    """An analysis, and the models that it could be made of."""
+
+    analysis: Analysis
+    observed: Sequence[Observed]
 
 
 def measure_models(config: Any, given: dict[str, str], results: Path) -> list[str]:
@@ -86,8 +96,14 @@ def _evaluate(
                 left_out.append(f"{evaluator} of {name}: {error}")
                 continue
             command = {"model": given[name], "data": config.data, "split": "test"}
-            again = f"fdkit evaluate {evaluator} {given[name]} --data {config.data}"
-            own = {"shown_name": name, "command": command, "command_line": again}
+            own = {
+                "shown_name": name,
+                "command": command,
+                "command_line": shlex.join(
+                    ["fdkit", "evaluate", evaluator, given[name], "--data", config.data]
+                ),
+                "report_line": command_line(config, "report"),
+            }
             write_result(results / f"{evaluator}-{_file_name(name)}.json", numbers | own)
     return left_out
 
@@ -108,17 +124,19 @@ def _analyse(
     wanted = [name for name in config.analyses if not (name in NEEDS_TWO and len(observed) < 2)]
 
     def config_for(name: str) -> Any:
-        fields = {"batch_size": config.batch_size, "seed": config.seed}
+        fields = {"batch_size": config.batch_size, "seed": config.seed} | LIGHTER.get(name, {})
         return own_config(name, fields if name in OWN_COUNT else fields | {"num_images": config.num_images})
 
     for names in _sharing_passes(wanted):
         log.info("analysing: %s", ", ".join(names))
-        for name, analysis in _as_far_as_possible(names, observed, config_for, left_out).items():
-            shown = [str(model["name"]) for model in analysis.numbers["models"]]
-            models = [one.name for one in observed if one.name in shown] or [one.name for one in observed]
-            facts = {"command": config.model_dump(mode="json") | {"split": split}}
-            line = _analyze_line(name, config_for(name), config, {one: given[one] for one in models}, split)
-            save(results, name, analysis, facts | {"command_line": line})
+        for name, made in _as_far_as_possible(names, observed, config_for, left_out).items():
+            models = {one.name: given[one.name] for one in made.observed}
+            facts = {
+                "command": config.model_dump(mode="json") | {"split": split},
+                "command_line": _analyze_line(name, config_for(name), config, models, split),
+                "report_line": command_line(config, "report"),
+            }
+            save(results, name, made.analysis, facts)
     return left_out
 
 
@@ -142,13 +160,13 @@ def _as_far_as_possible(
     observed: Sequence[Observed],
     config_for: Callable[[str], Any],
     left_out: list[str],
-) -> dict[str, Analysis]:
+) -> dict[str, Made]:
     """The analyses, those that fail left out: first alone, then without the models that they fail on."""
     try:
-        return perform(names, observed, config_for)
+        return _made(names, observed, config_for)
     except FdkitError as error:
         if len(names) > 1:
-            found: dict[str, Analysis] = {}
+            found: dict[str, Made] = {}
             for name in names:
                 found |= _as_far_as_possible([name], observed, config_for, left_out)
             return found
@@ -160,7 +178,7 @@ def _as_far_as_possible(
 
 def _without_failing_models(
     name: str, observed: Sequence[Observed], config_for: Callable[[str], Any], left_out: list[str]
-) -> dict[str, Analysis]:
+) -> dict[str, Made]:
     kept: list[Observed] = []
     for one in observed:
         try:
@@ -170,8 +188,14 @@ def _without_failing_models(
             left_out.append(f"{name} of {one.name}: {error}")
     if len(kept) == len(observed):  # each works alone, so they do not fit together: show the first
         try:
-            return perform([name], kept, config_for)
+            return _made([name], kept, config_for)
         except FdkitError as error:
             left_out.append(f"{name} of {', '.join(one.name for one in kept[1:])}: {error}")
             kept = kept[:1]
-    return perform([name], kept, config_for) if kept else {}
+    return _made([name], kept, config_for) if kept else {}
+
+
+def _made(
+    names: Sequence[str], observed: Sequence[Observed], config_for: Callable[[str], Any]
+) -> dict[str, Made]:
+    return {name: Made(analysis, observed) for name, analysis in perform(names, observed, config_for).items()}

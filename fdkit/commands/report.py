@@ -99,7 +99,7 @@ def run(config: ReportConfig) -> Outcome:
 
         left_out += measure_models(config, subjects.models, results)
     found = collect([*subjects.folders, *([("", results)] if config.data is not None else [])])
-    names = list(subjects.models) or [run.name for run in subjects.runs]
+    names = list(subjects.models) or [run.name for run in subjects.runs] or found.models()
     if not subjects.runs and not found.evaluations and not found.analyses and not found.others:
         raise ConfigError(
             f"there is nothing to report of {', '.join(config.model)}",
@@ -161,7 +161,7 @@ def _subjects(config: ReportConfig) -> Subjects:
             found.runs.append(read_run(name, path))
             found.folders.append((name, path))
             _add_run(found, config, name, path)
-        elif path.is_dir() and _has_results(path):
+        elif path.is_dir() and _has_results(path) and not (path / WEIGHTS_FILE).is_file():
             found.folders.append(("", path))
         elif config.data is None:
             raise ConfigError(

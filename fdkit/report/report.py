@@ -252,8 +252,11 @@ def _missing_sections(report: Report, problems: Sequence[str]) -> list[Section]:
 def _again_section(report: Report) -> Section:
     """The commands, in the order in which they were run."""
     commands = [run.command for run in report.runs]
-    commands += [one.command_line for one in report.results.evaluations]
-    commands += [numbers_command(numbers) for numbers in report.results.analyses.values()]
+    commands += [one.report_line or one.command_line for one in report.results.evaluations]
+    commands += [
+        str(numbers.get("report_line") or numbers_command(numbers))
+        for numbers in report.results.analyses.values()
+    ]
     unique = list(dict.fromkeys(command for command in [*commands, report.command_line] if command))
     words = ["Everything on this page, from the first command to the page itself."]
     return Section("Make it again", words, code="\n".join(unique))

@@ -40,6 +40,8 @@ class Evaluation(NamedTuple):
     hits: Tensor | None
     """(N,) bool, which test images were right."""
     command_line: str
+    report_line: str = ""
+    """The `fdkit report` that measured it, if one did."""
 
 
 class Difference(NamedTuple):
@@ -64,6 +66,13 @@ class Results(NamedTuple):
     """Results that have no accuracy to compare: model and numbers, such as those of a segmentation."""
     problems: list[str]
     """What could not be read, in words."""
+
+    def models(self) -> list[str]:
+        """What the models are called, in the order of the analysis that has most of them."""
+        tables = [numbers.get("models") for numbers in self.analyses.values()]
+        named = [[str(one.get("name")) for one in table] for table in tables if isinstance(table, list)]
+        longest = max(named, key=len, default=[])
+        return list(dict.fromkeys([*longest, *(one.model for one in self.evaluations)]))
 
 
 def collect(folders: Sequence[tuple[str, Path]]) -> Results:
@@ -131,6 +140,7 @@ def _evaluation(numbers: dict[str, Any], name: str, path: Path) -> Evaluation:
         fingerprint=str(test.get("fingerprint", numbers.get("fingerprint", ""))),
         hits=hits_from_text(text, num_images) if text and num_images else None,
         command_line=str(numbers.get("command_line", "")),
+        report_line=str(numbers.get("report_line", "")),
     )
 
 

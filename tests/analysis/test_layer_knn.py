@@ -160,6 +160,8 @@ def test_what_cannot_be_measured_is_refused():
         analyze([Observed("m", tiny(), batches(pixels, [-1] * 6))], LayerKnnConfig(k=5))
     with pytest.raises(DataError, match="the 6 labelled images are all of one class"):
         analyze([Observed("m", tiny(), batches(pixels, [3] * 6))], LayerKnnConfig(k=5))
+    with pytest.raises(DataError, match="the only one of its class, so that no vote can be right"):
+        analyze([Observed("m", tiny(), batches(pixels, [0, 1, 2, 3, 4, 5]))], LayerKnnConfig(k=5))
     one, two = batches(pixels, [0, 1, 0, 1, 0, 1]), batches(pixels, [0, 1, 0, 1, 1, 0])
     with pytest.raises(DataError, match="a and b read images with different labels"):
         analyze([Observed("a", tiny(), one), Observed("b", tiny(), two)], LayerKnnConfig(k=5))

@@ -171,6 +171,21 @@ def test_a_model_whose_attention_cannot_be_read_is_left_out_by_name(tmp_path):
     assert "ResNet has no attention" in Path(numbers["page"]).read_text()
 
 
+def test_a_saved_model_is_a_model_and_no_folder_of_results(runs, tmp_path):
+    for file in ("student.safetensors", "student.json"):
+        (tmp_path / "saved").mkdir(exist_ok=True)
+        shutil.copy(runs / "student" / file, tmp_path / "saved")
+    fields = SMALL | {"analyses": ("spectrum", "distillation-residual"), "evaluators": ()}
+    numbers = fdkit.make_report(["demo", tmp_path / "saved"], "demo", output=tmp_path / "report", **fields)
+    assert numbers["analyses"] == ["distillation-residual", "spectrum"]
+    found = json.loads((tmp_path / "report" / "results" / "distillation-residual.json").read_text())
+    assert found["command_line"].startswith("fdkit analyze distillation-residual demo ")  # its teacher, too
+    text = Path(numbers["page"]).read_text()
+    assert "<title>demo and saved</title>" in text
+    # everything was measured by one command, and that is what the page says
+    assert [text.count(f"fdkit</span> <span>{word}</span>") for word in ("report", "analyze")] == [1, 0]
+
+
 def test_labels_with_html_are_shown_and_not_run(tmp_path):
     from PIL import Image
 
@@ -195,7 +210,7 @@ def test_labels_with_html_are_shown_and_not_run(tmp_path):
         shown = window.run(
             "[...document.querySelectorAll('.viewer-images img')].map((one) => one.alt).join()"
         )
-        assert "image 1: <b>dog" in shown
+        assert ": <b>dog" in shown
         assert "<img src=x onerror=alert(1)>" in shown
         assert window.complaints == []
 

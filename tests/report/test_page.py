@@ -135,7 +135,7 @@ def test_an_uneven_table_is_refused():
 
 
 def test_a_picture_must_be_an_image():
-    with pytest.raises(ValueError, match="SVG, PNG or JPEG"):
+    with pytest.raises(ValueError, match="SVG, PNG, JPEG or WebP"):
         render_page("t", lead="l", sections=[Section("s", pictures=[Picture(b"GIF89a", "alt")])])
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from fdkit.report.drawing import with_pictures
 from fdkit.report.page import render_page
 from fdkit.report.run_sections import MAX_ROWS, facts_of, read_run, run_sections
 
@@ -84,7 +85,7 @@ def test_a_whole_run_lacks_nothing_and_says_what_it_was(tmp_path):
 def test_a_folder_with_missing_parts_shows_the_rest(tmp_path, leave_out, words):
     run = read_run("student", run_folder(tmp_path, leave_out=leave_out))
     assert [one.rpartition("/")[2] for one in run.missing] == [words]
-    page = render_page("t", lead="", sections=run_sections([run]))
+    page = render_page("t", lead="", sections=with_pictures(run_sections([run])))
     assert "What was run" in page
     assert ("Training curves of student" in page) == (leave_out != "metrics.jsonl")
 
