@@ -4,13 +4,14 @@ A checkpoint is the folder `RUN/checkpoints/step-00000N`, as `fdkit.training.che
 method in model.safetensors, and a manifest with the SHA-256 of every file.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from fdkit.errors import ConfigError, WeightsError
-from fdkit.teachers.files import read_file, sha256_of
+from fdkit.teachers.files import read_file
 from fdkit.teachers.weights import State
 
 CHECKPOINTS = "checkpoints"
@@ -49,27 +50,34 @@ def names_of(run: Path) -> str:
     return ", ".join(names) if names else "none"
 
 
-def damage_of(path: Path) -> str | None:
-    """What is wrong with the model of a checkpoint, in words; None if it has the SHA-256 that the manifest states.
+def damage_of(path: Path, *, required: str = MODEL_FILE, whole: bool = False) -> str | None:
+    """What is wrong with a checkpoint, in words; None if its file has the SHA-256 that the manifest states.
 
-    The optimiser's state beside it is not looked at: no model is read from it.
+    required: the file, by default the one that a model is read from. whole: every other file of it, too, such as the
+    optimiser's state.
     """
-    weights = path / MODEL_FILE
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        wanted: dict[str, Any] = manifest["files"][MODEL_FILE]
-        if manifest["step"] != step_of(path):
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if manifest["step"] != step_of(path) or required not in files:
             return f"{MANIFEST_FILE} is of another checkpoint"
-        size = weights.stat().st_size
-        if size != wanted["size"]:
-            return f"{MODEL_FILE} has {size:,} bytes, not {wanted['size']:,}"
-        if sha256_of(weights) != wanted["sha256"]:
-            return f"the SHA-256 of {MODEL_FILE} is wrong"
+        for name in files if whole else (required,):
+            size, wanted = (path / name).stat().st_size, files[name]
+            if size != wanted["size"]:
+                return f"{name} has {size:,} bytes, not {wanted['size']:,}"
+            if sha256_now(path / name) != wanted["sha256"]:
+                return f"the SHA-256 of {name} is wrong"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST_FILE} cannot be read"
     return None
+
+
+def sha256_now(path: Path) -> str:
+    """SHA-256 of a file as it is on the disk, whatever was read of it before."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_sound(path: Path) -> None:

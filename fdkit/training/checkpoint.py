@@ -6,7 +6,6 @@ are right and sets damaged ones aside by name; nothing is ever deleted but the o
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -22,11 +21,11 @@ import safetensors.torch
 from torch import Tensor
 
 from fdkit.errors import OutputError, ResourceError, WeightsError
+from fdkit.teachers.run_checkpoint import MANIFEST_FILE, damage_of, sha256_now, step_of
 
 log = logging.getLogger("fdkit")
 
 STATE_FILE = "state.json"
-MANIFEST_FILE = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".writing-"
 
@@ -43,11 +42,6 @@ class Checkpoint(NamedTuple):
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step stands inside the folder of checkpoints."""
     return folder / f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step whose checkpoint this folder is."""
-    return int(path.name.removeprefix("step-"))
 
 
 def list_steps(folder: Path) -> list[Path]:
@@ -141,7 +135,7 @@ def _write_files(partial: Path, content: Checkpoint) -> None:
     (partial / STATE_FILE).write_text(json.dumps(content.state, indent=2) + "\n")
     files = sorted(partial.iterdir())
     with ThreadPoolExecutor(len(files)) as pool:
-        hashes = list(pool.map(_sha256, files))
+        hashes = list(pool.map(sha256_now, files))
     for file in files:
         _sync(file)
     manifest = {
@@ -169,23 +163,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if its manifest and hashes are right."""
-    try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        if manifest["step"] != step_of(path) or STATE_FILE not in files:
-            return f"{MANIFEST_FILE} is of another checkpoint"
-        for name, wanted in files.items():
-            size = (path / name).stat().st_size
-            if size != wanted["size"]:
-                return f"{name} has {size:,} bytes, not {wanted['size']:,}"
-            if _sha256(path / name) != wanted["sha256"]:
-                return f"the SHA-256 of {name} is wrong"
-    except OSError as error:
-        return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST_FILE} cannot be read"
-    return None
+    return damage_of(path, required=STATE_FILE, whole=True)
 
 
 def _set_aside(path: Path, damage: str) -> None:
@@ -216,11 +194,6 @@ def _explain_write_failure(target: Path, error: Exception) -> OutputError | Reso
             "free some space (older checkpoints are intact), then run the same command with --resume",
         )
     return OutputError(f"cannot write the checkpoint {target}: {error}", "older checkpoints are intact")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

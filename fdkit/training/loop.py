@@ -23,6 +23,7 @@ from fdkit.errors import ConfigError, NumericsError, PreemptedError, WeightsErro
 from fdkit.methods._method import Duration, Method
 from fdkit.models.libraries import save_recipe
 from fdkit.models.vit import patch_projection
+from fdkit.teachers.run_checkpoint import step_of
 from fdkit.training.activations import cache_batch, checkpoint_activations
 from fdkit.training.checkpoint import (
     Checkpoint,
@@ -30,7 +31,6 @@ from fdkit.training.checkpoint import (
     load_checkpoint,
     newest_sound,
     save_checkpoint,
-    step_of,
 )
 from fdkit.training.distributed import World, broadcast, current_world, gather, process_group, wait_for_all
 from fdkit.training.export import export_student

@@ -122,10 +122,10 @@ def test_a_crash_anywhere_while_writing_leaves_the_older_one(
     def crash(*_: object) -> None:
         raise Crash
 
-    for name in ("_sha256", "_sync", "write_whole"):
+    for name in ("sha256_now", "_sync", "write_whole"):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, crash)
-            if name == "_sha256":
+            if name == "sha256_now":
                 patch.setattr(module, "_damage", lambda path: None)
             with pytest.raises(Crash):
                 save_checkpoint(tmp_path, 8, content(8), keep=1)

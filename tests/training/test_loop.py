@@ -31,7 +31,8 @@ import fdkit.training.loop as module
 from fdkit.data.loader import BadImages, training_batches
 from fdkit.errors import ConfigError, NumericsError, ResourceError, WeightsError
 from fdkit.methods._method import Method
-from fdkit.training.checkpoint import list_steps, step_of
+from fdkit.teachers.run_checkpoint import step_of
+from fdkit.training.checkpoint import list_steps
 from fdkit.training.distributed import World
 from fdkit.training.loop import Trainer, train
 from fdkit.training.plan import choose_precision, make_plan
