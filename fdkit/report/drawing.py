@@ -36,7 +36,8 @@ def draw_all(drawings: Sequence[Drawing]) -> list[Picture | Exception]:
         import_module(f"matplotlib.{module}")  # once, here, instead of in every process
     _forked[:] = drawings
     try:
-        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_work_alone) as pool:
             return list(pool.map(_attempt_forked, range(len(drawings))))
     finally:
         _forked.clear()
@@ -44,6 +45,15 @@ def draw_all(drawings: Sequence[Drawing]) -> list[Picture | Exception]:
 
 _forked: list[Drawing] = []
 """How drawings, which cannot be pickled, get into the forked processes."""
+
+
+def _work_alone() -> None:
+    """One thread for PyTorch, as in a DataLoader's workers: its pool of threads does not live on in a fork, and a
+    drawing that asked for it would wait for ever.
+    """
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _attempt_forked(place: int) -> Picture | Exception:

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import torch
 
 from fdkit.analysis._figure import new_figure
 from fdkit.report import drawing
@@ -38,6 +39,25 @@ def test_several_processes_draw_where_that_is_safe(monkeypatch):
     own = picture(seen.draw, "pid")
     monkeypatch.setattr(drawing, "_may_fork", lambda: False)
     assert draw_all([seen, seen]) == [own, own]
+
+
+def resized(width: float):
+    torch.nn.functional.interpolate(torch.rand(1, 3, 300, 300), size=600, mode="bicubic", antialias=True)
+    return lines(width)
+
+
+@pytest.mark.timeout(60)
+def test_drawings_that_compute_do_not_wait_for_threads_that_a_fork_has_lost(monkeypatch):
+    monkeypatch.setattr(drawing, "_cores", lambda: 2)
+    monkeypatch.setattr(drawing, "_may_fork", lambda: True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        resized(7.2)  # starts the pool of threads in this process
+        found = draw_all([Drawing(resized, "a"), Drawing(resized, "b")])
+    finally:
+        torch.set_num_threads(before)
+    assert [one.alt for one in found] == ["a", "b"]
 
 
 def test_a_drawing_that_fails_costs_its_section_alone():
