@@ -91,7 +91,8 @@ def run(config: ReportConfig) -> Outcome:
     _check(config)
     folder = config.output or default_output("report", Path(config.model[0]).name)
     results = folder / "results"
-    refuse_existing([folder / PAGE], overwrite=config.overwrite)
+    replaced = results.glob("*.json") if config.data is not None else []
+    refuse_existing([folder / PAGE, *replaced], overwrite=config.overwrite)
     subjects = _subjects(config)
     left_out: list[str] = []
     if config.data is not None:

@@ -175,3 +175,12 @@ def test_a_command_keeps_its_words_and_lines():
     text = render_page("t", lead="l", sections=[Section("s", code="fdkit demo \\\n  --seed 3")])
     page = Elements(text)
     assert "fdkit demo \\\n  --seed 3" in "".join(page.text)
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_a_long_page_begins_with_links_to_its_sections(count):
+    page = Elements(render_page("t", lead="", sections=[Section(f"part {n} {BAD}") for n in range(count)]))
+    targets = [str(link["href"]).removeprefix("#") for link in page.named("a")]
+    sections = [section["id"] for section in page.named("section")]
+    assert targets == (sections if count > 8 else [])
+    assert not page.open
