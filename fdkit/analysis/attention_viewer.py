@@ -7,6 +7,7 @@ picture in WebP, whose quality is lowered until all models fit the size asked fo
 
 import base64
 import io
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,8 +35,8 @@ READING = (
     "same thing whoever asks."
 )
 KEEPS_COLOURS = True
-QUALITIES = (90, 80, 70, 60, 50, 40, 30, 20, 10, 5, 0)
-"""Of WebP; the first that fits is taken."""
+BEST_QUALITY = 90
+"""Of WebP, which goes down to 0; the best that fits is taken."""
 SAMPLE = 6
 """Every so many sheets one is encoded to choose the quality."""
 BASE64 = 4 / 3
@@ -197,15 +198,23 @@ def collect(models: Sequence[dict[str, Any]], config: AttentionViewerConfig) -> 
 def _quality(sheets: Sequence[Sheet], max_bytes: float) -> int:
     """The best quality at which all sheets fit, estimated from some of them."""
     sample = sheets[::SAMPLE] or sheets
-    room = max_bytes - sum(sheet.elsewhere.nbytes for sheet in sheets)
-    for quality in QUALITIES:
-        size = sum(len(encode(sheet.rows, quality)) for sheet in sample) * len(sheets) / len(sample)
-        if size <= 0.97 * room:
-            return quality
-    raise ConfigError(
-        f"the attention of {len(sheets)} layers and images does not fit {max_bytes * BASE64 / 1e6:.1f} MB",
-        "show fewer images (--num-images), pool more (--max-cells 8), or allow more (--max-megabytes)",
-    )
+    room = 0.97 * (max_bytes - sum(sheet.elsewhere.nbytes for sheet in sheets))
+
+    def excess(quality: int) -> int:
+        """How many bytes too large all of them are; grows with the quality."""
+        return round(
+            sum(len(encode(sheet.rows, quality)) for sheet in sample) * len(sheets) / len(sample) - room
+        )
+
+    if excess(BEST_QUALITY) <= 0:
+        return BEST_QUALITY
+    fitting = bisect_right(range(BEST_QUALITY), 0, key=excess)
+    if fitting == 0:
+        raise ConfigError(
+            f"the attention of {len(sheets)} layers and images does not fit {max_bytes * BASE64 / 1e6:.1f} MB",
+            "show fewer images (--num-images), pool more (--max-cells 8), or allow more (--max-megabytes)",
+        )
+    return fitting - 1
 
 
 def _encoded(model: dict[str, Any], quality: int) -> dict[str, Any]:

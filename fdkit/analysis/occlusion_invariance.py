@@ -23,7 +23,6 @@ from fdkit.analysis._figure import NARROW, WIDE, columns_of, in_style, panels, w
 from fdkit.analysis._lines import draw_over_depth
 from fdkit.analysis.observe import Observed, backbone_of, first_images
 from fdkit.errors import ConfigError
-from fdkit.models.masking import check_mask, draw_noise, num_visible, split_patches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,6 +77,10 @@ def analyze(observed: Sequence[Observed], config: OcclusionInvarianceConfig) -> 
 
 
 def _check(observed: Sequence[Observed], config: OcclusionInvarianceConfig) -> None:
+    from fdkit.models.masking import (
+        check_mask,
+    )  # here and below, for a second that a report does not have to wait
+
     if len(set(config.ratios)) < len(config.ratios):
         raise ConfigError(f"a ratio is named twice: {' '.join(map(str, config.ratios))}", "name each once")
     for ratio in config.ratios:
@@ -92,6 +95,8 @@ def _check(observed: Sequence[Observed], config: OcclusionInvarianceConfig) -> N
 
 
 def _measure(observed: Observed, config: OcclusionInvarianceConfig) -> dict[str, Any]:
+    from fdkit.models.masking import draw_noise
+
     generator = torch.Generator().manual_seed(config.mask_seed)
     cka: MinibatchCKA | None = None
     for pixels in _minibatches(observed, config):
@@ -135,6 +140,8 @@ def _minibatches(observed: Observed, config: OcclusionInvarianceConfig) -> Itera
 def _occluded(
     observed: Observed, pixels: Tensor, noise: Tensor, ratio: float, config: OcclusionInvarianceConfig
 ) -> Tensor:
+    from fdkit.models.masking import num_visible, split_patches
+
     hidden = split_patches(noise, num_visible(config.cells**2, ratio)).is_hidden()
     hidden = hidden.unflatten(1, (config.cells, config.cells)).to(pixels.device)
     colour = backbone_of(observed.model).mean.to(pixels.dtype) if config.fill == "model" else None

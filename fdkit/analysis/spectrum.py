@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field, field_validator
-from scipy import linalg  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fdkit.analysis._analysis import Analysis
@@ -140,6 +139,8 @@ def lidar(between: Tensor, within: Tensor, *, delta: float = LIDAR_DELTA) -> flo
     """
     ridge = within + delta * torch.eye(len(within), dtype=within.dtype)
     # Of the pencil (B, W): the same numbers, without the root of W.
+    from scipy import linalg  # type: ignore[import-untyped]  # of all that the file does, LiDAR alone needs it
+
     values = torch.from_numpy(linalg.eigh(between.numpy(), ridge.numpy(), eigvals_only=True))
     return entropy_rank(values.clamp(min=0)).item()
 

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fdkit.analysis.layer_knn import wilson_interval
 from fdkit.evaluation._metrics import hits_from_text
 from fdkit.evaluation._statistics import paired_difference
 
@@ -127,7 +127,7 @@ def _evaluation(numbers: dict[str, Any], name: str, path: Path) -> Evaluation:
     num_images = test.get("num_images", numbers.get("num_images"))
     interval = numbers.get("interval") or numbers.get("top1_interval")
     if interval is None and num_images:
-        interval = _binomial_interval(numbers["top1"], num_images)
+        interval = wilson_interval(round(numbers["top1"] * num_images), num_images)
     low, high = interval or (None, None)
     text = numbers.get("hits")
     return Evaluation(
@@ -161,17 +161,6 @@ def _measure_of(numbers: dict[str, Any], path: Path) -> str:
     if command.get("data"):
         words += f", {command.get('split', 'test')} of {Path(str(command['data'])).name or command['data']}"
     return words
-
-
-def _binomial_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` images. Source: Wilson 1927.
-
-    Written out: SciPy's binomtest says the same, after a second for its import.
-    """
-    z = NormalDist().inv_cdf(0.975)
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    return middle - half, middle + half
 
 
 def difference(one: Evaluation, reference: Evaluation) -> Difference:

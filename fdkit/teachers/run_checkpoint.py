@@ -8,11 +8,13 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.teachers.files import read_file
-from fdkit.teachers.weights import State
+
+if TYPE_CHECKING:
+    from fdkit.teachers.weights import State
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE = "model.safetensors"
@@ -93,7 +95,7 @@ def require_sound(path: Path) -> None:
         raise WeightsError(f"the checkpoint {path} is damaged: {damage}", known)
 
 
-def network_state(path: Path, key: str | None = None) -> State:
+def network_state(path: Path, key: str | None = None) -> "State":
     """The tensors of one network of a sound checkpoint, under the network's own names.
 
     key: which of them, such as "student", "teacher" or "momentum_student"; None is what the finished run exports.
