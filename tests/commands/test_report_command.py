@@ -242,3 +242,17 @@ def test_an_empty_folder_has_nothing_to_report(tmp_path):
 def test_a_page_that_is_there_is_kept(whole):
     with pytest.raises(OutputError, match=r"index\.html: is there already"):
         fdkit.make_report(whole[0], output=whole[0])
+
+
+def test_what_is_followed_along_a_run_is_on_its_page(runs, tmp_path):
+    run = shutil.copytree(runs / "student", tmp_path / "run")
+    fields = {"num_images": 8, "batch_size": 8, "device": "cpu", "output": run / "results"}
+    numbers = fdkit.analyze("trajectory", run, "demo", of=("attention-distance", "spectrum"), **fields)
+    assert list(numbers) == ["trajectory-attention-distance", "trajectory-spectrum"]
+    steps = numbers["trajectory-spectrum"]["models"][0]["steps"]
+    assert len(steps) >= 2
+    assert steps == sorted(steps)
+    page = Path(fdkit.make_report(run, output=tmp_path / "report")["page"])
+    assert {"Along training: attention distance", "Along training: spectrum"} <= set(headings(page))
+    with pytest.raises(ConfigError, match="of: spectrun is no analysis"):
+        fdkit.analyze("trajectory", run, "demo", of=("spectrun",), **fields)
