@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fdkit.analysis._analysis import Analysis
-from fdkit.analysis.observe import Observed
+from fdkit.analysis.observe import Observed, backbone_of
 from fdkit.commands._analyses import needs_head, own_config, perform, save
 from fdkit.commands._command import ModelOptions, config_of, observe_on, plugin, write_result
 from fdkit.commands._flags import command_line
@@ -123,8 +123,13 @@ def _analyse(
     left_out: list[str] = []
     wanted = [name for name in config.analyses if not (name in NEEDS_TWO and len(observed) < 2)]
 
+    sizes = {backbone_of(one.model).image_size for one in observed}
+    # Pixels of different input sizes cannot stand in one figure.
+    units = {"attention-distance": {"unit": "image"}} if len(sizes) > 1 else {}
+
     def config_for(name: str) -> Any:
-        fields = {"batch_size": config.batch_size, "seed": config.seed} | LIGHTER.get(name, {})
+        fields = {"batch_size": config.batch_size, "seed": config.seed}
+        fields |= LIGHTER.get(name, {}) | units.get(name, {})
         return own_config(name, fields if name in OWN_COUNT else fields | {"num_images": config.num_images})
 
     for names in _sharing_passes(wanted):

@@ -155,6 +155,8 @@ def _check(config: ReportConfig) -> None:
 def _subjects(config: ReportConfig) -> Subjects:
     found = Subjects({}, [], [])
     names = list(config.names) or short_names(config.model)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two models are called {twice[0]}", "give each its own name with --names")
     for name, given in zip(names, config.model, strict=True):
         path = Path(given)
         is_run = path.is_dir() and any((path / file).is_file() for file in ("run.json", "config.yaml"))

@@ -11,6 +11,7 @@ import pytest
 import fdkit
 from fdkit.cli import main
 from fdkit.errors import ConfigError, OutputError
+from fdkit.models.libraries import build_timm, save_backbone
 from fdkit.report.page import MAX_PAGE_MEGABYTES
 from tests.browser import browser
 
@@ -186,6 +187,16 @@ def test_a_saved_model_is_a_model_and_no_folder_of_results(runs, tmp_path):
     assert [text.count(f"fdkit</span> <span>{word}</span>") for word in ("report", "analyze")] == [1, 0]
 
 
+def test_models_of_different_input_sizes_stand_in_percent_of_the_image(tmp_path):
+    (tmp_path / "larger").mkdir()
+    save_backbone(build_timm("vit_tiny_patch16_224", {"depth": 2, "img_size": 64}), tmp_path / "larger")
+    fields = SMALL | {"analyses": ("attention-distance",), "evaluators": ()}
+    numbers = fdkit.make_report(["demo", tmp_path / "larger"], "demo", output=tmp_path / "report", **fields)
+    assert numbers["left_out"] == []
+    found = json.loads((tmp_path / "report" / "results" / "attention-distance.json").read_text())
+    assert (found["shown_unit"], len(found["models"])) == ("image", 2)
+
+
 def test_labels_with_html_are_shown_and_not_run(tmp_path):
     from PIL import Image
 
@@ -223,6 +234,7 @@ def test_labels_with_html_are_shown_and_not_run(tmp_path):
         (("demo", "--data", "demo", "--analyses", "attention-distanc"), "did you mean attention-distance"),
         (("demo", "--data", "demo", "--evaluators", "knnn"), "did you mean knn"),
         (("demo", "--data", "demo", "--names", "a", "b"), "2 names for 1 models"),
+        (("demo", "demo", "--data", "demo"), "two models are called demo"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(words, message, capsys):
