@@ -1,7 +1,6 @@
 """What `fdkit report` measures before it writes the page: accuracies and analyses of each model, as far as they go."""
 
 import logging
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from fdkit.commands._analyses import needs_head, own_config, perform, save
 from fdkit.commands._command import ModelOptions, config_of, observe_on, plugin, write_result
 from fdkit.commands._flags import command_line
 from fdkit.commands.analyze import config_class as analyze_config_class
+from fdkit.commands.evaluate import config_class as evaluate_config_class
 from fdkit.commands.evaluate import measure
 from fdkit.config import Config
 from fdkit.data.sources import ImageSource, open_source
@@ -91,25 +91,35 @@ def _evaluate(
         for evaluator in config.evaluators:
             try:
                 module = plugin("evaluation", evaluator)
-                numbers = measure(module, subject, _evaluator_config(module))
+                own = _evaluator_config(module, config)
+                numbers = measure(module, subject, own)
             except FdkitError as error:
                 left_out.append(f"{evaluator} of {name}: {error}")
                 continue
             command = {"model": given[name], "data": config.data, "split": "test"}
-            own = {
+            facts = {
                 "shown_name": name,
                 "command": command,
-                "command_line": shlex.join(
-                    ["fdkit", "evaluate", evaluator, given[name], "--data", config.data]
-                ),
+                "command_line": _evaluate_line(evaluator, own, config, given[name]),
                 "report_line": command_line(config, "report"),
             }
-            write_result(results / f"{evaluator}-{_file_name(name)}.json", numbers | own)
+            write_result(results / f"{evaluator}-{_file_name(name)}.json", numbers | facts)
     return left_out
 
 
-def _evaluator_config(module: Any) -> Any:
-    return config_of(getattr(module, "measure", None) or module.evaluate)()
+def _evaluator_config(module: Any, config: Any) -> Any:
+    """An evaluator's own defaults, with the report's seed."""
+    kind = config_of(getattr(module, "measure", None) or module.evaluate)
+    return kind(**({"seed": config.seed} if "seed" in kind.model_fields else {}))
+
+
+def _evaluate_line(name: str, own: Config, config: Any, model: str) -> str:
+    """The command that measures one accuracy alone."""
+    shared = {
+        key: getattr(config, key) for key in (*ModelOptions.model_fields, "loader", "batch_size", "seed")
+    }
+    values = shared | own.model_dump() | {"model": model, "data": config.data}
+    return command_line(evaluate_config_class(name)(**values), "evaluate", name)
 
 
 def _file_name(name: str) -> str:

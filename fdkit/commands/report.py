@@ -29,6 +29,8 @@ from fdkit.teachers.teacher import short_names
 from fdkit.training.checkpoint import list_steps
 
 PAGE = "index.html"
+WITHOUT_DATA = frozenset({"model", "data", "names", "output", "overwrite", "json_output", "device", "seed"})
+"""Fields that say something also where nothing is measured, or that every command has."""
 DEFAULT_ANALYSES = (
     *("attention-viewer", "attention-distance", "head-similarity", "attention-maps", "attention-entropy"),
     *("class-attention", "cka", "spectrum", "alignment", "fourier", "layer-knn", "patch-pca"),
@@ -136,6 +138,16 @@ def _check(config: ReportConfig) -> None:
     """Raises ConfigError for what cannot be meant, before anything is loaded."""
     if not config.model:
         raise ConfigError("nothing is named", "fdkit report RUN [RUN ...], or fdkit report MODEL --data PATH")
+    if config.data is None:
+        fields = {
+            name: field for name, field in ReportConfig.model_fields.items() if name not in WITHOUT_DATA
+        }
+        changed = [name for name, field in fields.items() if getattr(config, name) != field.get_default()]
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)} tells how models are measured, and without images none is",
+                "give --data PATH, or leave it out",
+            )
     if config.names and len(config.names) != len(config.model):
         raise ConfigError(
             f"{len(config.names)} names for {len(config.model)} models: {', '.join(config.names)}",

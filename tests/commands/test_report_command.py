@@ -67,6 +67,9 @@ def test_a_run_stands_beside_its_teacher_with_everything_on_the_page(whole):
     ]
     assert numbers["left_out"] == []
     assert numbers["evaluations"] == 2
+    one = json.loads((folder / "results" / "knn-student.json").read_text())
+    assert one["command_line"].startswith("fdkit evaluate knn ")
+    assert "--batch-size 8" in one["command_line"]
     found = json.loads((folder / "results" / "attention-distance.json").read_text())
     assert [model["name"] for model in found["models"]] == ["teacher", "student"]
     assert found["command"]["split"] == "test"
@@ -235,6 +238,7 @@ def test_labels_with_html_are_shown_and_not_run(tmp_path):
         (("demo", "--data", "demo", "--evaluators", "knnn"), "did you mean knn"),
         (("demo", "--data", "demo", "--names", "a", "b"), "2 names for 1 models"),
         (("demo", "demo", "--data", "demo"), "two models are called demo"),
+        (("run", "--analyses", "cka"), "analyses tells how models are measured, and without images none is"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(words, message, capsys):
