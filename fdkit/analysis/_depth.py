@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdkit.analysis._figure import BLUE, GREY, ORANGE
+from fdkit.analysis._figure import BLUE, GREY, NARROW, ORANGE, columns_of, panels, wrapped
 from fdkit.analysis._lines import colour_of, line_of, marker_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,27 @@ def draw_heads(
     means = [sum(heads) / len(heads) for heads in values]
     axes.plot(layers, means, color=ORANGE, linewidth=2, zorder=3, label="mean of heads")
     label_layers(axes, len(values))
+
+
+def draw_heads_of(
+    models: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[float]]], unit: str, *, width: float
+) -> "Figure":
+    """A panel a model, with one axis for all: its name, and the values and the uniform ones of `draw_heads`.
+
+    unit: what the values are, with their unit; width: inches.
+    """
+    figure, axes = panels(len(models), width=width, share_y=True)
+    highest = 0.0
+    for place, (name, values, uniform) in zip(axes, models, strict=True):
+        draw_heads(place, values, uniform)
+        place.set_title(wrapped(name, figure))
+        highest = max(highest, *uniform, *(value for heads in values for value in heads))
+    axes[0].set_ylim(0, 1.08 * highest)
+    for place in axes[:: columns_of(figure)]:
+        place.set_ylabel(unit)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if width > NARROW else 2)
+    return figure
 
 
 def draw_models(

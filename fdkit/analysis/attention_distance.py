@@ -13,13 +13,12 @@ from torch import Tensor
 
 from fdkit.analysis._analysis import Analysis
 from fdkit.analysis._attention import AttentionConfig, measure, require_models
-from fdkit.analysis._depth import draw_heads
-from fdkit.analysis._figure import NARROW, WIDE, columns_of, in_style, panels, wrapped
+from fdkit.analysis._depth import draw_heads_of
+from fdkit.analysis._figure import WIDE, in_style
 from fdkit.analysis.observe import Attention, Images, Observed
 from fdkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 READING = (
@@ -264,25 +263,14 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
 
     numbers: as `analyze` gives them; width: inches.
     """
-    models, unit = numbers["models"], numbers["shown_unit"]
-    figure, axes = panels(len(models), width=width, share_y=True)
-    highest = 0.0
-    for place, model in zip(axes, models, strict=True):
-        highest = max(highest, _draw_model(place, model, _shown(model, unit)))
-        place.set_title(wrapped(model["name"], figure))
-    axes[0].set_ylim(0, 1.08 * highest)
-    for place in axes[:: columns_of(figure)]:
-        place.set_ylabel(f"attention distance ({UNIT_WORDS[unit]})")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3 if width > NARROW else 2)
-    return figure
+    unit = numbers["shown_unit"]
+    shown = [(model["name"], *_scaled(model, _shown(model, unit))) for model in numbers["models"]]
+    return draw_heads_of(shown, f"attention distance ({UNIT_WORDS[unit]})", width=width)
 
 
-def _draw_model(axes: "Axes", model: dict[str, Any], factors: Sequence[float]) -> float:
-    """The largest value shown."""
+def _scaled(model: dict[str, Any], factors: Sequence[float]) -> tuple[list[list[float]], list[float]]:
+    """[[a distance a head] a layer], and that of uniform attention, each layer by its factor."""
     distance = [
         [factor * value for value in heads] for factor, heads in zip(factors, model["distance"], strict=True)
     ]
-    uniform = [factor * one for factor, one in zip(factors, model["uniform_distance"], strict=True)]
-    draw_heads(axes, distance, uniform)
-    return max(*(value for heads in distance for value in heads), *uniform)
+    return distance, [factor * one for factor, one in zip(factors, model["uniform_distance"], strict=True)]

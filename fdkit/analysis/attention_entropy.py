@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fdkit.analysis._analysis import Analysis
 from fdkit.analysis._attention import AttentionConfig, LayerMeans, measure, require_models
-from fdkit.analysis._depth import draw_heads
-from fdkit.analysis._figure import NARROW, WIDE, columns_of, in_style, panels, wrapped
+from fdkit.analysis._depth import draw_heads_of
+from fdkit.analysis._figure import WIDE, in_style
 from fdkit.analysis.observe import Attention, Images, Observed
 
 if TYPE_CHECKING:
@@ -228,17 +228,6 @@ def draw(numbers: dict[str, Any], width: float = WIDE) -> "Figure":
 
     numbers: as `analyze` gives them; width: inches.
     """
-    models, unit = numbers["models"], numbers["shown_unit"]
-    figure, axes = panels(len(models), width=width, share_y=True)
-    highest = 0.0
-    for place, model in zip(axes, models, strict=True):
-        values, uniform = _shown(model, unit)
-        draw_heads(place, values, uniform)
-        place.set_title(wrapped(model["name"], figure))
-        highest = max(highest, *uniform, *(value for heads in values for value in heads))
-    axes[0].set_ylim(0, 1.08 * highest)
-    for place in axes[:: columns_of(figure)]:
-        place.set_ylabel(f"entropy ({UNIT_WORDS[unit]})")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3 if width > NARROW else 2)
-    return figure
+    unit = numbers["shown_unit"]
+    shown = [(model["name"], *_shown(model, unit)) for model in numbers["models"]]
+    return draw_heads_of(shown, f"entropy ({UNIT_WORDS[unit]})", width=width)
