@@ -8,13 +8,11 @@ alone: elsewhere, choosing samples would make the host wait for the device.
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models.beit import Attention, Beit, Block, RelativePositionBias
 from torch import Tensor, nn
 
-from fdkit.models.attention import bias_attention
+from fdkit.models.fast_beit_attention import FastAttention, FastRelativePositionBias
 
 
 def accelerate(network: nn.Module) -> None:
@@ -28,40 +26,6 @@ def accelerate(network: nn.Module) -> None:
     for module in network.modules():
         # A changed class, unlike a changed method, survives a deep copy such as a momentum encoder's.
         module.__class__ = fast.get(type(module), type(module))
-
-
-class FastAttention(Attention):
-    """timm's Beit attention through `bias_attention`, where there is a bias and no dropout.
-
-    With `fused_attn` off, timm's own unfused path runs, so that what reads attention weights still can.
-    """
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        """Attended tokens (B, N, C) of tokens (B, N, C); the shared bias is (H, N, N) or None."""
-        has_bias = shared_rel_pos_bias is not None or self.relative_position_bias_table is not None
-        if not has_bias or not self.fused_attn or (self.training and self.attn_drop.p > 0):
-            return super().forward(x, shared_rel_pos_bias)
-        linear_bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, linear_bias)
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = bias_attention(query, key, value, self._bias(shared_rel_pos_bias))
-        return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
-
-    def _bias(self, shared: Tensor | None) -> Tensor:
-        """(H, N, N): the shared bias, this layer's own, or their sum."""
-        if self.relative_position_bias_table is None:
-            assert shared is not None, "attention without any bias takes timm's path"
-            return shared
-        own = _read_table(self.relative_position_bias_table, self.relative_position_index)
-        return own if shared is None else own + shared
-
-
-class FastRelativePositionBias(RelativePositionBias):
-    """timm's shared bias, read from its table the fast way."""
-
-    def forward(self) -> Tensor:
-        """(H, N, N): the bias of every pair of tokens, class token first."""
-        return _read_table(self.relative_position_bias_table, self.relative_position_index)
 
 
 class FastBlock(Block):
@@ -101,11 +65,3 @@ def _residual(
 
 def _scaled(values: Tensor, gamma: Tensor | None, scale: float) -> Tensor:
     return values * scale if gamma is None else values * (gamma * scale)
-
-
-def _read_table(table: Tensor, index: Tensor) -> Tensor:
-    """(H, N, N) from a bias table (R, H) and an index (N, N) into its rows."""
-    if table.device.type == "cpu":
-        return table.t().index_select(1, index.flatten()).unflatten(1, index.shape)
-    # Indexing sorts in its backward where index_select adds atomically, so the gradient repeats to the bit.
-    return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).contiguous()

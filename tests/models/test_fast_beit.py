@@ -8,7 +8,8 @@ from timm.layers import DropPath
 from timm.models.beit import Beit
 from torch import nn
 
-from fdkit.models.fast_beit import FastAttention, FastBlock, accelerate
+from fdkit.models.fast_beit import FastBlock, accelerate
+from fdkit.models.fast_beit_attention import FastAttention
 
 SIZES: dict[str, Any] = {
     "img_size": (48, 80),
