@@ -23,7 +23,7 @@ from fdkit.teachers.official import LAYOUTS, Change, Network, Reading
 from fdkit.teachers.official._layout import Grid, State, match, nearest, refuse_linear_probe, state_in
 from fdkit.teachers.official.bias_tables import window_of
 from fdkit.teachers.request import Loaded, Request
-from fdkit.teachers.weights import WithoutInit, fit_library, load_whole, resampled_positions
+from fdkit.teachers.weights import WithoutInit, check_dense, fit_library, load_whole, resampled_positions
 
 logger = logging.getLogger("fdkit")
 
@@ -50,6 +50,7 @@ def load_file(path: Path, request: Request, row: Entry | None = None) -> Loaded:
         if entry.official is not None and _is_file_of(entry.official, path) and row in (None, entry):
             _verify(path, entry.official)
     state = state_in(content, source=str(path), checkpoint_key=request.checkpoint_key)
+    check_dense(state, source=str(path))
     refuse_linear_probe(content, state, source=str(path))
     architecture = _architecture(request, row, path)
     reading = None

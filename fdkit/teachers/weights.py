@@ -107,12 +107,13 @@ def load_whole(network: nn.Module, state: State, *, source: str, hint: str = "")
     """Makes a state dict a network's own, in memory of its own: what becomes of the file later does not matter.
 
     source, hint: name the file, and the remedy, in messages.
-    Raises WeightsError with the first differing keys and their shapes, or the name of a tensor that is not finite;
-    the network is then as it was.
+    Raises WeightsError with the first differing keys and their shapes, or the name of a tensor that is not finite or
+    holds no real numbers where the network has them; the network is then as it was.
     """
     own = network.state_dict()
     _refuse_other_patch_size(own, state, source=source, hint=hint)
     _check_keys(network, state, source=source, hint=hint)
+    _check_kinds(own, state, source=source)
     known = mappings()
     fitted = {key: own_copy(value, own[key].dtype, known) for key, value in state.items()}
     check_finite(fitted, source=source)
@@ -128,6 +129,16 @@ def check_finite(state: State, *, source: str) -> None:
             raise WeightsError(
                 f"{source}: {key} holds {count} values that are not finite, of {value.numel()}",
                 hint="the weights are damaged or their training diverged: get them again",
+            )
+
+
+def check_dense(state: State, *, source: str) -> None:
+    """Raises WeightsError naming the first tensor that is sparse, quantised or on no device: no plain numbers."""
+    for key, value in state.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantised" if value.is_quantized else "on no device" if value.is_meta else "sparse"
+            raise WeightsError(
+                f"{source}: {key} is {kind}, not a plain tensor", hint="save the dense float weights instead"
             )
 
 
@@ -220,6 +231,16 @@ def _check_keys(network: nn.Module, state: State, *, source: str, hint: str) -> 
         check_state(network, state, source=source)
     except WeightsError as error:
         raise WeightsError(error.message, hint=hint) from None
+
+
+def _check_kinds(own: State, state: State, *, source: str) -> None:
+    """Refuses whole numbers, truth values and complex numbers where the network has real ones."""
+    for key, value in state.items():
+        if own[key].is_floating_point() and not value.is_floating_point():
+            raise WeightsError(
+                f"{source}: {key} holds {str(value.dtype).removeprefix('torch.')}, not real numbers",
+                hint="the file holds no weights under this name, or weights made for another library: get it again",
+            )
 
 
 def _refuse_other_patch_size(own: State, state: State, *, source: str, hint: str) -> None:

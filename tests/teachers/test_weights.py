@@ -6,7 +6,15 @@ from torch import nn
 from fdkit.errors import WeightsError
 from fdkit.models.libraries import build_open_clip, build_timm
 from fdkit.teachers.official import Change
-from fdkit.teachers.weights import RULES, WithoutInit, _without, check_finite, fit_library, load_whole
+from fdkit.teachers.weights import (
+    RULES,
+    WithoutInit,
+    _without,
+    check_dense,
+    check_finite,
+    fit_library,
+    load_whole,
+)
 
 SMALL = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}
 
@@ -56,6 +64,24 @@ def test_half_precision_files_become_the_networks_dtype() -> None:
 def test_infinity_is_named() -> None:
     with pytest.raises(WeightsError, match="b holds 1 values that are not finite, of 2"):
         check_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.inf])}, source="x")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8])
+def test_what_are_no_real_numbers_are_no_weights(dtype: torch.dtype) -> None:
+    network = nn.Linear(3, 2)
+    state = {"weight": torch.ones(2, 3).to(dtype), "bias": torch.zeros(2)}
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(WeightsError, match=f"weight holds {name}, not real numbers"):
+        load_whole(network, state, source="x.pth")
+
+
+def test_what_is_not_dense_is_named() -> None:
+    sparse = {"a": torch.ones(2), "b": torch.eye(3).to_sparse()}
+    with pytest.raises(WeightsError, match=r"x\.pth: b is sparse"):
+        check_dense(sparse, source="x.pth")
+    with pytest.raises(WeightsError, match="b is on no device"):
+        check_dense({"b": torch.ones(2, device="meta")}, source="x.pth")
+    check_dense({"a": torch.ones(3, 2).T, "b": torch.zeros(1).expand(4)}, source="x.pth")
 
 
 def test_a_library_file_is_accounted_for() -> None:
