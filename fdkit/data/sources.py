@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,22 +15,26 @@ from PIL import Image
 from torch import Tensor
 
 from fdkit.data.decode import EXTENSIONS, BadImage, decode, printable, read_pixels
+from fdkit.data.listing import PackedNames, has_loose_images, images_below, subfolders
+from fdkit.data.packed import MANIFEST, UNFINISHED
+from fdkit.data.tar_source import SPLIT_FOLDERS, TEST_FOLDERS, TarSource, open_tars, tars_in
 from fdkit.errors import DataError, did_you_mean
 
-__all__ = ["ArraySource", "BadImage", "FolderSource", "ImageSource", "decode", "open_source"]
+__all__ = ["ArraySource", "BadImage", "FolderSource", "ImageSource", "TarSource", "decode", "open_source"]
 
 log = logging.getLogger("fdkit")
 
-KINDS = "a folder of images, digits, demo, or torchvision:NAME[@ROOT]"
-TEST_FOLDERS = ("test", "val", "validation")
-SPLIT_FOLDERS = ("train", *TEST_FOLDERS)
+KINDS = (
+    "a folder of images or of .tar files, a .tar file, wds:SHARDS, digits, demo, or torchvision:NAME[@ROOT]"
+)
 
 
 class ImageSource(Protocol):
     """A fixed, ordered set of images, labelled or not.
 
-    A source may also have `read_pixels(index)`, a quicker way to the pixels of `read` as uint8 (H, W, 3), and
-    `content_stamp`, a text that changes with its images even where `fingerprint` does not.
+    A source may also have `read_pixels(index)`, a quicker way to the pixels of `read` as uint8 (H, W, 3);
+    `read_bytes(index)`, the image's file as it is; and `content_stamp`, a text that changes with its images even where
+    `fingerprint` does not.
     """
 
     name: str
@@ -57,7 +61,8 @@ class ImageSource(Protocol):
 def open_source(data: str, split: str = "all") -> ImageSource:
     """The images that `data` names.
 
-    data: a folder, "digits", "demo" or "torchvision:NAME[@ROOT]".
+    data: a folder of images or of .tar files, a .tar file, "wds:SHARDS", "digits", "demo" or
+    "torchvision:NAME[@ROOT]".
     split: "train" (all there is where a folder has no train/), "test" (the first of test/, val/, validation/),
     "all", or the name of a direct sub-folder.
     Raises DataError if there is no such data, no such split, or no image in it.
@@ -70,8 +75,13 @@ def open_source(data: str, split: str = "all") -> ImageSource:
         return open_demo(split)
     if data.startswith("torchvision:"):
         return _torchvision(data, split)
+    if data.startswith("wds:"):
+        return open_tars(data, split)
     if re.match(r"[a-z]{2,}:", data) and not Path(data).exists():
         raise DataError(f"{printable(data)}: unknown kind of data", f"data is {KINDS}")
+    path = Path(data).expanduser()
+    if _is_packed(path) or (data.lower().endswith(".tar") and path.is_file()):
+        return open_tars(data, split)
     return FolderSource(data, split)
 
 
@@ -96,7 +106,7 @@ class FolderSource:
         if not names:
             where = printable(", ".join(os.path.join(self.name, folder) for folder in folders))
             raise DataError(f"no images under {where}", f"looked for files ending in {' '.join(EXTENSIONS)}")
-        self._names = _PackedNames(names)
+        self._names = PackedNames(names)
         self.labels = np.array(labels, dtype=np.int64) if self.classes else None
 
     def _list(self, folders: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -107,7 +117,7 @@ class FolderSource:
                 below = os.path.join(folder, class_name)
                 if not (self.root / below).is_dir():
                     continue
-                found = [os.path.join(below, name) for name in _images_below(self.root / below)]
+                found = [os.path.join(below, name) for name in images_below(self.root / below)]
                 names += found
                 labels += [label] * len(found)
         return names, labels
@@ -147,6 +157,17 @@ class FolderSource:
     def read_pixels(self, index: int) -> Tensor:
         """uint8 (H, W, 3): the pixels of `read`, sooner. Raises BadImage."""
         return read_pixels(os.path.join(self.root, self._names[index]))
+
+    def read_bytes(self, index: int) -> bytes:
+        """The file of image `index`, as it is. Raises BadImage."""
+        try:
+            return (self.root / self._names[index]).read_bytes()
+        except OSError as error:
+            raise BadImage(self.describe(index), error.strerror or str(error)) from error
+
+    def member_name(self, index: int) -> str:
+        """The path of image `index` below the folder, as it is."""
+        return self._names[index]
 
     def describe(self, index: int) -> str:
         """The path of image `index`, control characters escaped."""
@@ -217,20 +238,15 @@ class TorchvisionSource:
         return f"{self.name}[{index}]"
 
 
-class _PackedNames:
-    """A list of strings in two arrays: a million Python strings would be copied into every worker."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+def _is_packed(folder: Path) -> bool:
+    """Whether the images of a folder are to be read from .tar files in it: it has some, and no image beside them."""
+    try:
+        if any((folder / name).exists() for name in (MANIFEST, UNFINISHED)):
+            return True
+        places = [folder, *(folder / name for name in SPLIT_FOLDERS if (folder / name).is_dir())]
+        return bool(tars_in(folder)) and not any(any(images_below(place)) for place in places)
+    except OSError:
+        return False  # what is wrong with it is said where it is read as a folder
 
 
 def _require_folder(folder: Path, name: str) -> None:
@@ -244,7 +260,7 @@ def _require_folder(folder: Path, name: str) -> None:
 
 def _folders_of_split(root: Path, split: str, name: str) -> list[str]:
     """The folders, relative to root, that make up the split; [""] is the root itself."""
-    present = _subfolders(root)
+    present = subfolders(root)
     everything = [folder for folder in SPLIT_FOLDERS if folder in present] or [""]
     if split == "all":
         return everything
@@ -262,53 +278,13 @@ def _folders_of_split(root: Path, split: str, name: str) -> list[str]:
 
 
 def _class_names(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    if any(_has_loose_images(root / folder) for folder in folders):
+    if any(has_loose_images(root / folder) for folder in folders):
         return ()
     siblings = {folder for folder in SPLIT_FOLDERS if (root / folder).is_dir()} if folders != [""] else set()
     found: set[str] = set()
     for folder in siblings.union(folders):
-        found.update(name for name in _subfolders(root / folder) if any(_images_below(root / folder / name)))
+        found.update(name for name in subfolders(root / folder) if any(images_below(root / folder / name)))
     return tuple(sorted(found))
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_folder(entry))
-
-
-def _has_loose_images(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(_is_image(entry) for entry in entries)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".") and not entry.name.lower().endswith(EXTENSIONS)
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    # A dangling link counts: it is reported as unreadable rather than passed over in silence.
-    if entry.name.startswith(".") or not entry.name.lower().endswith(EXTENSIONS):
-        return False
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-
-
-def _images_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Paths of the images below a folder, relative to it, sorted level by level; `above` ends loops of links."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except PermissionError:
-        log.warning("unreadable folder left out: %s", printable(str(folder)))
-        return
-    for entry in entries:
-        if _is_image(entry):
-            yield entry.name
-        elif _is_folder(entry):
-            for name in _images_below(folder / entry.name, above | {here}):
-                yield os.path.join(entry.name, name)
 
 
 def _digits(split: str) -> ArraySource:
