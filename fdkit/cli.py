@@ -71,8 +71,8 @@ COMMANDS = {
 EPILOGUE = """\
 MODEL  a name in `fdkit teachers` (clip_vitb), timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file,
        a run folder, or demo
-PATH   a folder of images (sub-folders are classes; train/ and test/ or val/ are splits), digits, demo,
-       or torchvision:CIFAR10
+PATH   a folder of images (sub-folders are classes; train/ and test/ or val/ are splits), a .tar of one, a folder
+       of .tar shards, wds:train-{000..123}.tar, digits, demo, or torchvision:CIFAR10
 
 fdkit COMMAND --help shows every option. Exit codes: 0 done, 2 usage, 3 data, 4 weights, 5 output folder,
 6 resources, 7 not finite, 8 a rank died, 75 interrupted and saved."""
