@@ -85,6 +85,20 @@ def open_source(data: str, split: str = "all") -> ImageSource:
     return FolderSource(data, split)
 
 
+def splits_of(data: str) -> tuple[str, ...]:
+    """The names of all splits of `data`, in which every image is once; ("all",) if there is only one whole.
+
+    Raises DataError as `open_source` does.
+    """
+    if data in ("digits", "demo") or data.startswith("torchvision:"):
+        return ("train", "test")
+    source = open_source(data)
+    if isinstance(source, TarSource):
+        return source.splits or ("all",)
+    folders = subfolders(Path(data).expanduser())
+    return tuple(name for name in SPLIT_FOLDERS if name in folders) or ("all",)
+
+
 class FolderSource:
     """Every image below a folder, in sorted order; class folders make labels.
 

@@ -57,7 +57,10 @@ class TarSource:
         self._files = _Files([(shard.path, shard.stamp) for shard in shards])
         table = _Folders(shards)
         splits = [table.splits_of(number) for number in range(len(shards))]  # one text an image's folder
-        chosen = _chosen(sorted({word for row in splits for word in row}), split, name)
+        present = sorted({word for row in splits for word in row})
+        self.splits = tuple(word for word in present if word in SPLIT_FOLDERS)
+        """The splits that are there, chosen or not."""
+        chosen = _chosen(present, split, name)
         rows = [
             np.flatnonzero(np.isin(np.array(row)[shard.images.folder_ids], chosen))
             if row
@@ -70,7 +73,8 @@ class TarSource:
             raise DataError(
                 f"no images in {printable(name)}", f"looked for members ending in {' '.join(EXTENSIONS)}"
             )
-        self.labels, self.classes = _labels(name, shards, rows, table, manifest.classes if manifest else ())
+        class_names = manifest.classes if manifest else ()
+        self.labels, self.classes = _labels(name, shards, rows, table, class_names)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -272,9 +276,10 @@ class _Folders:
         """The class of each folder of an archive; "" for images that lie loose."""
         return [name for _, name in self._places[shard]]
 
-    def all_classes(self) -> set[str]:
-        """Every class of every split."""
-        return {name for row in self._places for split, name in row if split != ELSEWHERE}
+    def all_classes(self) -> tuple[str, ...]:
+        """Every class of every split, sorted: one that is missing from a split shifts no label."""
+        named = {name for row in self._places for split, name in row if split != ELSEWHERE}
+        return tuple(sorted(named - {""}))
 
 
 def _place(parts: tuple[str, ...], split: str, has_splits_inside: bool) -> tuple[str, str]:
@@ -327,32 +332,36 @@ def _labels(
     class_names: tuple[str, ...],
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """The label of each chosen image and the names of the classes; None and () without labels."""
-    numbers = np.concatenate([shard.images.labels[row] for shard, row in zip(shards, rows, strict=True)])
-    every = np.concatenate([shard.images.labels for shard in shards])
-    if (numbers != NO_LABEL).any():
-        if (numbers == NO_LABEL).any():
-            bare = next(
-                shard.path
-                for shard, row in zip(shards, rows, strict=True)
-                if (shard.images.labels[row] == NO_LABEL).any()
-            )
-            raise DataError(f"{printable(name)}: {printable(str(bare))} has no labels, others have")
-        classes = class_names or tuple(str(number) for number in range(int(every.max()) + 1))
-        if numbers.max() >= len(classes):
-            raise DataError(f"{printable(name)}: label {numbers.max()} of {len(classes)} classes")
-        return numbers, classes
-    classes = tuple(sorted(table.all_classes()))
-    if "" in classes:
-        return None, ()
-    place = {word: number for number, word in enumerate(classes)}
-    labels = [
-        np.array([place.get(word, NO_LABEL) for word in table.classes_of(number)], np.int64)[
-            shards[number].images.folder_ids[row]
-        ]
-        for number, row in enumerate(rows)
-        if len(row)
-    ]
-    return np.concatenate(labels), classes
+    parts = [shard.images.labels[row] for shard, row in zip(shards, rows, strict=True)]
+    numbers = np.concatenate(parts)
+    if (numbers == NO_LABEL).all():
+        return _folder_labels(rows, shards, table)
+    if (numbers == NO_LABEL).any():
+        bare = [shard for shard, part in zip(shards, parts, strict=True) if (part == NO_LABEL).any()]
+        labelled = {shard.split for shard, part in zip(shards, parts, strict=True) if (part >= 0).any()}
+        if not labelled & {shard.split for shard in bare}:
+            return None, ()  # such as a test split whose labels nobody tells
+        raise DataError(f"{printable(name)}: {printable(str(bare[0].path))} has no labels, others have")
+    highest = max(int(shard.images.labels.max(initial=0)) for shard in shards)
+    classes = class_names or tuple(str(number) for number in range(highest + 1))
+    if highest >= len(classes):
+        raise DataError(f"{printable(name)}: label {highest} of {len(classes)} classes")
+    return numbers, classes
+
+
+def _folder_labels(
+    rows: Sequence[np.ndarray], shards: Sequence[_Shard], table: _Folders
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Labels by class folders; None and () if an image lies loose."""
+    classes = table.all_classes()
+    places = {word: number for number, word in enumerate(classes)}
+    found = [np.empty(0, np.int64)]
+    for number, row in enumerate(rows):
+        of_folders = [places.get(word, NO_LABEL) for word in table.classes_of(number)]
+        if len(row):
+            found.append(np.array(of_folders, np.int64)[shards[number].images.folder_ids[row]])
+    labels = np.concatenate(found)
+    return (None, ()) if (labels == NO_LABEL).any() else (labels, classes)
 
 
 class _Files:
