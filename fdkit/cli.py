@@ -62,6 +62,9 @@ COMMANDS = {
     "report": CommandEntry(
         "Everything known of runs and models on one page.", "fdkit report RUN [RUN ...] [--data PATH]"
     ),
+    "pack": CommandEntry(
+        "Write images into shards that read faster, large ones made smaller.", "fdkit pack PATH --output DIR"
+    ),
     "teachers": CommandEntry(
         "List the known teachers, or show one whole.", "fdkit teachers [NAME] [--family dinov2]"
     ),
