@@ -148,10 +148,7 @@ def evaluation_batches(
     bad_images: where those are recorded; a fresh record by default.
     Raises DataError if too many images are unreadable; ResourceError if a worker dies or does not answer.
     """
-    slots = [
-        [(0, index) for index in range(start, min(start + batch_size, len(source)))]
-        for start in range(0, len(source), batch_size)
-    ]
+    slots = _EvaluationSlots(len(source), batch_size)
     dataset = _ViewsOfImages(source, views, seed=0, substitute=False)
     return _run(dataset, slots, config, bad_images or BadImages(source, config.max_bad_ratio))
 
@@ -235,6 +232,21 @@ class _TrainingSlots:
                 order_epoch, order = epoch, self.stream.at(epoch).permutation(self.num_images)
             start = position * self.batch_size
             yield [(epoch, int(index)) for index in order[start : start + self.batch_size][self.part]]
+
+
+class _EvaluationSlots:
+    """The slots of all images in order, a batch at a time: a list of them all would take 100 bytes an image."""
+
+    def __init__(self, num_images: int, batch_size: int) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        for start in range(0, self.num_images, self.batch_size):
+            yield [(0, index) for index in range(start, min(start + self.batch_size, self.num_images))]
 
 
 class _Stream:

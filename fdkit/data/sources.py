@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fdkit.data.decode import EXTENSIONS, BadImage, decode, printable, read_pixels
-from fdkit.data.listing import PackedNames, has_loose_images, images_below, subfolders
+from fdkit.data.listing import PackedNames, has_loose_images, images_below, stamps, subfolders
 from fdkit.data.packed import MANIFEST, UNFINISHED
 from fdkit.data.tar_source import SPLIT_FOLDERS, TEST_FOLDERS, TarSource, open_tars, tars_in
 from fdkit.errors import DataError, did_you_mean
@@ -114,27 +114,27 @@ class FolderSource:
         try:
             folders = _folders_of_split(self.root, split, self.name)
             self.classes = _class_names(self.root, folders)
-            names, labels = self._list(folders)
+            counts: list[tuple[int, int]] = []
+            self._names = PackedNames(self._list(folders, counts))
         except PermissionError as error:
             raise DataError(f"{printable(str(error.filename))}: this folder may not be read") from error
-        if not names:
+        if not len(self._names):
             where = printable(", ".join(os.path.join(self.name, folder) for folder in folders))
             raise DataError(f"no images under {where}", f"looked for files ending in {' '.join(EXTENSIONS)}")
-        self._names = PackedNames(names)
-        self.labels = np.array(labels, dtype=np.int64) if self.classes else None
+        labels = np.repeat(*np.array(counts, dtype=np.int64).T)
+        self.labels = labels if self.classes else None
 
-    def _list(self, folders: Sequence[str]) -> tuple[list[str], list[int]]:
-        names: list[str] = []
-        labels: list[int] = []
+    def _list(self, folders: Sequence[str], counts: list[tuple[int, int]]) -> Iterator[str]:
+        """Every path below the root; counts: receives (label, how many) a class folder."""
         for folder in folders:
             for label, class_name in enumerate(self.classes or ("",)):
                 below = os.path.join(folder, class_name)
                 if not (self.root / below).is_dir():
                     continue
-                found = [os.path.join(below, name) for name in images_below(self.root / below)]
-                names += found
-                labels += [label] * len(found)
-        return names, labels
+                count = 0
+                for count, name in enumerate(images_below(self.root / below), start=1):  # noqa: B007
+                    yield os.path.join(below, name)
+                counts.append((label, count))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -148,18 +148,7 @@ class FolderSource:
 
     @cached_property
     def _stamps(self) -> tuple[str, str]:
-        sizes, times = hashlib.sha256(), hashlib.sha256()
-        for index in range(len(self)):
-            name = self._names[index]
-            try:
-                status = (self.root / name).stat()
-                size, changed = status.st_size, status.st_mtime_ns
-            except OSError:
-                size, changed = -1, -1
-            sizes.update(os.fsencode(name.replace(os.sep, "/")) + b"\0%d\n" % size)
-            times.update(b"%d\n" % changed)
-        times.update(sizes.digest())
-        return sizes.hexdigest(), times.hexdigest()
+        return stamps(self.root, self._names)
 
     def __len__(self) -> int:
         return len(self._names)
