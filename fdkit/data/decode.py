@@ -5,17 +5,21 @@ import io
 import logging
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from torch import Tensor
+
+from fdkit.errors import ConfigError
 
 log = logging.getLogger("fdkit")
 
@@ -25,6 +29,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 MAX_PIXELS = 89_478_485
 """The largest image decoded: 256 MiB of RGB; Pillow itself warns from here and refuses from twice this."""
 
+Decoder = Literal["auto", "pillow", "torchcodec"]
+
+_asked: ContextVar[Decoder] = ContextVar("decoder", default="auto")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -71,7 +78,7 @@ def read_pixels(file: bytes | str | Path, name: str = "") -> Tensor:
     It gives the same pixels, to the bit, in three quarters of the time. Whatever it refuses goes to Pillow, so which
     files are readable does not depend on it. name, and BadImage: as in `decode`.
     """
-    decode_jpeg = _torchcodec()
+    decode_jpeg = None if _asked.get() == "pillow" else _torchcodec()
     if decode_jpeg is not None:
         with contextlib.suppress(OSError, RuntimeError):
             # A bytearray, because PyTorch wants memory that could be written to.
@@ -83,6 +90,33 @@ def read_pixels(file: bytes | str | Path, name: str = "") -> Tensor:
             if 0 < _jpeg_area(data) <= MAX_PIXELS:
                 return decode_jpeg(torch.from_numpy(data)).permute(1, 2, 0)
     return torch.from_numpy(np.array(decode(file, name)))
+
+
+def has_torchcodec() -> bool:
+    """Whether TorchCodec is installed and can be loaded."""
+    return _torchcodec() is not None
+
+
+def decoder_for(asked: Decoder) -> Literal["pillow", "torchcodec"]:
+    """What decodes JPEG files if this is asked for. Raises ConfigError if it is not there."""
+    if asked == "auto":
+        return "torchcodec" if has_torchcodec() else "pillow"
+    if asked == "torchcodec" and not has_torchcodec():
+        raise ConfigError(
+            "--loader.decoder torchcodec: TorchCodec is not installed or cannot be loaded",
+            "pip install torchcodec, or use --loader.decoder auto",
+        )
+    return asked
+
+
+@contextlib.contextmanager
+def decoding_with(asked: Decoder) -> Iterator[None]:
+    """Inside, `read_pixels` decodes JPEG files with this."""
+    before = _asked.set(asked)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
 
 
 def printable(text: str) -> str:

@@ -5,8 +5,9 @@ random generators: they belong to the model.
 """
 
 import logging
-import os
+import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fdkit.config import Config
+from fdkit.data.decode import Decoder, decoder_for, decoding_with
+from fdkit.data.reading import NOTHING, Cost, Readers, ReadingCosts, total, usable_cores
 from fdkit.data.sources import BadImage, ImageSource
 from fdkit.data.views import Pixels, Sample, Views
 from fdkit.errors import ConfigError, DataError, ResourceError
@@ -41,6 +45,9 @@ class LoaderConfig(Config):
     """Processes that read and crop images; 0 reads in the training process, -1 chooses by the number of cores."""
     max_bad_ratio: float = Field(0.01, ge=0, le=1)
     """Share of the images that may be unreadable before the run stops; one is always allowed."""
+    decoder: Decoder = "auto"
+    """What decodes JPEG files, always to the same pixels: torchcodec, which is quicker; pillow; or auto, the first
+    that is installed. Other formats are Pillow's."""
     timeout_seconds: float = Field(600, gt=0)
     """Longest wait for a batch from a worker before the run stops."""
 
@@ -113,11 +120,13 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     bad_images: BadImages | None = None,
+    costs: ReadingCosts | None = None,
 ) -> Iterator[Batch]:
     """The part of one rank in the batches of steps start_step, ..., num_steps - 1, without a pause between epochs.
 
     batch_size: of all ranks together; rank r takes the r-th of world_size equal slices. An unreadable image is
-    replaced by the next readable one. bad_images: where those are recorded; a fresh record by default.
+    replaced by the next readable one. bad_images: where those are recorded; a fresh record by default. costs: where
+    it is recorded what reading takes.
     Raises ConfigError if batch_size does not divide by world_size or exceeds the images; DataError if too many
     images are unreadable; ResourceError if a worker dies or does not answer.
     """
@@ -131,8 +140,9 @@ def training_batches(
     slots = _TrainingSlots(
         len(source), batch_size, seed, range(start_step, num_steps), slice(rank * share, (rank + 1) * share)
     )
-    dataset = _ViewsOfImages(source, views, seed, substitute=True)
-    return _run(dataset, slots, config, bad_images or BadImages(source, config.max_bad_ratio))
+    dataset = _ViewsOfImages(source, views, seed, config.decoder, substitute=True)
+    bad_images = bad_images or BadImages(source, config.max_bad_ratio)
+    return _run(dataset, slots, config, bad_images, costs or ReadingCosts())
 
 
 def evaluation_batches(
@@ -149,8 +159,9 @@ def evaluation_batches(
     Raises DataError if too many images are unreadable; ResourceError if a worker dies or does not answer.
     """
     slots = _EvaluationSlots(len(source), batch_size)
-    dataset = _ViewsOfImages(source, views, seed=0, substitute=False)
-    return _run(dataset, slots, config, bad_images or BadImages(source, config.max_bad_ratio))
+    dataset = _ViewsOfImages(source, views, 0, config.decoder, substitute=False)
+    bad_images = bad_images or BadImages(source, config.max_bad_ratio)
+    return _run(dataset, slots, config, bad_images, ReadingCosts())
 
 
 def num_workers(config: LoaderConfig) -> int:
@@ -161,11 +172,15 @@ def num_workers(config: LoaderConfig) -> int:
     """
     if config.workers >= 0:
         return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = usable_cores()
     if torch.cuda.is_available():
         return max(1, min(cores - 1, MAX_AUTO_WORKERS))
     return 0 if cores <= 2 else min(cores - 1, MAX_AUTO_WORKERS)
+
+
+def readers_of(config: LoaderConfig) -> Readers:
+    """Who reads the images of this process. Raises ConfigError if the decoder asked for is not there."""
+    return Readers(num_workers(config), decoder_for(config.decoder), usable_cores())
 
 
 class _Item(NamedTuple):
@@ -175,6 +190,7 @@ class _Item(NamedTuple):
     label: int
     position: int
     bad: list[tuple[str, str]]
+    cost: Cost = NOTHING
 
 
 class _Collated(NamedTuple):
@@ -183,13 +199,17 @@ class _Collated(NamedTuple):
     batch: Batch | None
     bad: list[tuple[str, str]]
     complete: bool
+    cost: Cost
 
 
 class _ViewsOfImages(Dataset[_Item]):
     """(epoch, index) -> the views of that image. Never raises for an unreadable file."""
 
-    def __init__(self, source: ImageSource, views: Views, seed: int, *, substitute: bool) -> None:
+    def __init__(
+        self, source: ImageSource, views: Views, seed: int, decoder: Decoder, *, substitute: bool
+    ) -> None:
         self.source = source
+        self.decoder = decoder
         self.read: Callable[[int], Pixels] = getattr(source, "read_pixels", source.read)
         self.views = views
         self.stream = _Stream(seed, _VIEWS)
@@ -200,13 +220,20 @@ class _ViewsOfImages(Dataset[_Item]):
         bad: list[tuple[str, str]] = []
         for candidate in range(index, index + self.tries):
             candidate %= len(self.source)
+            start, busy = time.perf_counter(), time.thread_time()
             try:
-                image = self.read(candidate)
+                with decoding_with(self.decoder):
+                    image = self.read(candidate)
             except BadImage as error:
                 bad.append((error.path, error.reason))
                 continue
             label = -1 if self.source.labels is None else int(self.source.labels[candidate])
-            return _Item(self.views(image, self.stream.at(epoch, index)), label, candidate, bad)
+            read = time.perf_counter()
+            sample = self.views(image, self.stream.at(epoch, index))
+            end, busy = time.perf_counter(), time.thread_time() - busy
+            short_side = min(image.size if isinstance(image, Image.Image) else image.shape[:2])
+            cost = Cost(1, read - start, end - read, max(0.0, end - start - busy), short_side)
+            return _Item(sample, label, candidate, bad, cost)
         return _Item(None, -1, index, bad)
 
 
@@ -242,7 +269,7 @@ class _EvaluationSlots:
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-self.num_images // self.batch_size)
+        return math.ceil(self.num_images / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Slot]]:
         for start in range(0, self.num_images, self.batch_size):
@@ -274,7 +301,7 @@ def _collate(items: list[_Item]) -> _Collated:
     bad = [entry for item in items for entry in item.bad]
     good = [item for item in items if item.sample is not None]
     if not good:
-        return _Collated(None, bad, complete=False)
+        return _Collated(None, bad, complete=False, cost=NOTHING)
     samples = [item.sample for item in good if item.sample is not None]
     crops = [_stack_crops(view) for view in zip(*(s.crops for s in samples), strict=True)]
     colour = [_stack(view) for view in zip(*(s.colour for s in samples), strict=True)]
@@ -282,7 +309,8 @@ def _collate(items: list[_Item]) -> _Collated:
         torch.tensor([item.label for item in good]),
         torch.tensor([item.position for item in good]),
     )
-    return _Collated(Batch(crops, colour, labels, indices), bad, complete=len(good) == len(items))
+    cost = total([item.cost for item in good])
+    return _Collated(Batch(crops, colour, labels, indices), bad, len(good) == len(items), cost)
 
 
 def _stack_crops(crops: Sequence[Tensor]) -> Tensor:
@@ -298,8 +326,11 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
-def _run(dataset: _ViewsOfImages, slots: Any, config: LoaderConfig, bad_images: BadImages) -> Iterator[Batch]:
+def _run(
+    dataset: _ViewsOfImages, slots: Any, config: LoaderConfig, bad_images: BadImages, costs: ReadingCosts
+) -> Iterator[Batch]:
     """The batches in order, from one set of workers that lives until the iterator ends."""
+    decoder_for(config.decoder)  # refused here rather than in a worker
     workers = num_workers(config)
     loader = DataLoader(
         dataset,
@@ -311,14 +342,17 @@ def _run(dataset: _ViewsOfImages, slots: Any, config: LoaderConfig, bad_images: 
         worker_init_fn=_leave_signals_to_trainer,
         generator=torch.Generator(),  # without one, iter() draws from the global generator
     )
-    return _batches(loader, bad_images, strict=dataset.tries > 1)
+    return _batches(loader, bad_images, costs, strict=dataset.tries > 1)
 
 
-def _batches(loader: DataLoader[_Item], bad_images: BadImages, *, strict: bool) -> Iterator[Batch]:
+def _batches(
+    loader: DataLoader[_Item], bad_images: BadImages, costs: ReadingCosts, *, strict: bool
+) -> Iterator[Batch]:
     try:
         with _trainers_signals_blocked():
             workers = iter(loader)
         for collated in workers:
+            costs.add(collated.cost)
             bad_images.add([BadImage(path, reason) for path, reason in collated.bad])
             if strict and not collated.complete:
                 bad_images.stop()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from fdkit.data.loader import BadImages, Batch, LoaderConfig, training_batches
+from fdkit.data.loader import BadImages, Batch, LoaderConfig, readers_of, training_batches
+from fdkit.data.reading import ReadingCosts, waiting_advice
 from fdkit.data.sources import ImageSource
 from fdkit.errors import ConfigError, NumericsError, PreemptedError, WeightsError
 from fdkit.methods._method import Duration, Method
@@ -251,14 +252,18 @@ class Trainer:
     def run_steps(self, loader: LoaderConfig, monitors: Sequence[Monitor], stop: StopRequest) -> None:
         """All steps that are left, with what is logged, measured and saved between them."""
         self.stop = stop
-        self.clock = Clock(self.plan.batch_size)  # again, so that building is not counted
+        costs, readers = ReadingCosts(), readers_of(loader)
+        self.run.update(loader=readers._asdict())
+        size, world_size = self.method.views.image_size, self.world.size
+        advise = waiting_advice(costs, readers, image_size=size, world_size=world_size)
+        self.clock = Clock(self.plan.batch_size, advise)  # again, so that building is not counted
         progress = Progress(self.plan.num_steps, self.step, visible=self.world.is_main)
         bad_images = BadImages(self.source, loader.max_bad_ratio)
         try:
             if self.step == 0:
                 for monitor in monitors:
                     self.measure(monitor, progress)
-            for batch in self.timed(self.batches(loader, bad_images)):
+            for batch in self.timed(self.batches(loader, bad_images, costs)):
                 verdicts = self.update(batch)
                 self.clock.finished_step()
                 self.between_steps(verdicts, monitors, progress)
@@ -288,7 +293,9 @@ class Trainer:
         if stops and not is_last:
             self.preempt()
 
-    def batches(self, loader: LoaderConfig, bad_images: BadImages) -> Iterator[Batch]:
+    def batches(
+        self, loader: LoaderConfig, bad_images: BadImages, costs: ReadingCosts | None = None
+    ) -> Iterator[Batch]:
         """The share of this process in every batch that is left."""
         return training_batches(
             self.source,
@@ -301,6 +308,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             bad_images=bad_images,
+            costs=costs,
         )
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:

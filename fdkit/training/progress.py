@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 log = logging.getLogger("fdkit")
@@ -62,8 +62,12 @@ def health_line(
 class Clock:
     """How long steps take and which share of that is waiting for images; since the last reading and in all."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, advise: Callable[[float, float], str] | None = None) -> None:
+        """advise: what to say of a share waited, given it and the images a second there would be without waiting."""
         self._batch_size = batch_size
+        self._advise = advise or (
+            lambda ratio, _: f"training waits for images {100 * ratio:.0f} % of the time"
+        )
         self._started = self._window_started = time.perf_counter()
         self._waited = self._window_waited = 0.0
         self._steps = self._window_steps = 0
@@ -106,10 +110,8 @@ class Clock:
         if self._warned or elapsed < WAIT_SECONDS_BEFORE_A_WARNING or ratio <= WAIT_RATIO_WORTH_A_WARNING:
             return
         self._warned = True
-        log.warning(
-            "training waits for images %.0f %% of the time; more --loader.workers, or smaller files, would help",
-            100 * ratio,
-        )
+        rate = self._steps * self._batch_size / max(elapsed - self._waited, 1e-9)
+        log.warning("%s", self._advise(ratio, rate))
 
 
 class Progress:
