@@ -102,7 +102,8 @@ def train(
         world = stack.enter_context(process_group(device))
         stack.enter_context(explained_failures(train, plan, device))
         stack.enter_context(undisturbed_generators(device))
-        run.update(state="running", seed=seed, device=str(device), derived=describe_plan(plan))
+        derived = describe_plan(plan) | {"loader": readers_of(loader)._asdict()}
+        run.update(state="running", seed=seed, device=str(device), derived=derived)
         trainer = Trainer(
             method, source, run, plan=plan, train=train, optim=optim, seed=seed, world=world, device=device
         )
@@ -139,6 +140,7 @@ class Trainer:
         self.world = world
         self.device = device
         self.step = 0
+        self.costs = ReadingCosts()
         self.window = Window()
         self.stop = StopRequest()
         self.clock = Clock(plan.batch_size)
@@ -252,10 +254,8 @@ class Trainer:
     def run_steps(self, loader: LoaderConfig, monitors: Sequence[Monitor], stop: StopRequest) -> None:
         """All steps that are left, with what is logged, measured and saved between them."""
         self.stop = stop
-        costs, readers = ReadingCosts(), readers_of(loader)
-        self.run.update(loader=readers._asdict())
         size, world_size = self.method.views.image_size, self.world.size
-        advise = waiting_advice(costs, readers, image_size=size, world_size=world_size)
+        advise = waiting_advice(self.costs, readers_of(loader), image_size=size, world_size=world_size)
         self.clock = Clock(self.plan.batch_size, advise)  # again, so that building is not counted
         progress = Progress(self.plan.num_steps, self.step, visible=self.world.is_main)
         bad_images = BadImages(self.source, loader.max_bad_ratio)
@@ -263,7 +263,7 @@ class Trainer:
             if self.step == 0:
                 for monitor in monitors:
                     self.measure(monitor, progress)
-            for batch in self.timed(self.batches(loader, bad_images, costs)):
+            for batch in self.timed(self.batches(loader, bad_images)):
                 verdicts = self.update(batch)
                 self.clock.finished_step()
                 self.between_steps(verdicts, monitors, progress)
@@ -293,9 +293,7 @@ class Trainer:
         if stops and not is_last:
             self.preempt()
 
-    def batches(
-        self, loader: LoaderConfig, bad_images: BadImages, costs: ReadingCosts | None = None
-    ) -> Iterator[Batch]:
+    def batches(self, loader: LoaderConfig, bad_images: BadImages) -> Iterator[Batch]:
         """The share of this process in every batch that is left."""
         return training_batches(
             self.source,
@@ -308,7 +306,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             bad_images=bad_images,
-            costs=costs,
+            costs=self.costs,
         )
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
