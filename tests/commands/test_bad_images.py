@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fdkit.commands.distill import distill
-from fdkit.errors import DataError
+from fdkit.errors import ConfigError, DataError
 
 VALUES: dict[str, Any] = {
     "teacher": "timm:vit_tiny_patch16_224",
@@ -49,3 +49,14 @@ def test_too_many_broken_images_stop_the_run_and_the_limit_is_settable(tmp_path:
     assert (facts["state"], facts["exit_code"]) == ("failed", 3)
     run = distill(data=folder, **VALUES, loader={"max_bad_ratio": 0.5}, output=tmp_path / "again")
     assert len(json.loads((run / "run.json").read_text())["unreadable_images"]) == 3
+
+
+def test_a_run_says_who_reads_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "images", good=8, bad=0)
+    run = distill(data=folder, **VALUES, loader={"workers": 1, "decoder": "pillow"}, output=tmp_path / "run")
+    loader = json.loads((run / "run.json").read_text())["derived"]["loader"]
+    assert (loader["workers"], loader["decoder"]) == (1, "pillow")
+    assert loader["cores"] >= 1
+    monkeypatch.setattr("fdkit.data.decode._torchcodec", lambda: None)
+    with pytest.raises(ConfigError, match="torchcodec: TorchCodec is not installed"):
+        distill(data=folder, **VALUES, loader={"decoder": "torchcodec"}, output=tmp_path / "other")
