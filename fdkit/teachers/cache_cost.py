@@ -38,7 +38,7 @@ def break_even_read_rate(bytes_per_image: int, teacher_seconds_per_image: float)
 
 
 def views_filled(epochs: float, views: int) -> int:
-    """How many of the crops of an image a run of so many epochs meets: no more than there are epochs, begun ones too."""
+    """How many of the crops of an image a run meets: one an epoch, begun ones too, and no more than there are."""
     return min(views, math.ceil(epochs))
 
 
