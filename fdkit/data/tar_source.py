@@ -2,8 +2,10 @@
 
 import glob
 import hashlib
+import logging
 import os
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -19,12 +21,15 @@ from fdkit.data.packed import is_unfinished, read_manifest
 from fdkit.data.tars import NO_LABEL, Stamp, TarIndex, stamp_of, tar_index
 from fdkit.errors import DataError
 
+log = logging.getLogger("fdkit")
+
 TEST_FOLDERS = ("test", "val", "validation")
 SPLIT_FOLDERS = ("train", *TEST_FOLDERS)
 
 ELSEWHERE = "elsewhere"
 """What lies beside train/ and test/: of no split, as in a folder on disk."""
 
+SECONDS_WITHOUT_A_WORD = 5.0
 MAX_SHARDS = 1_000_000
 MAX_OPEN_SHARDS = 128
 MAX_IMAGE_BYTES = 1 << 29
@@ -51,8 +56,7 @@ class TarSource:
     def __init__(self, name: str, paths: Sequence[Path], split: str = "all") -> None:
         self.name = name
         manifest = read_manifest(_common_folder(paths))
-        named = _split_words(paths)
-        shards = [_Shard(path, *tar_index(path), word) for path, word in zip(paths, named, strict=True)]
+        shards = list(_listed(paths, _split_words(paths)))
         self._shards = shards
         self._files = _Files([(shard.path, shard.stamp) for shard in shards])
         table = _Folders(shards)
@@ -148,6 +152,20 @@ class TarSource:
     def _rows_of(self, shard: int) -> np.ndarray:
         start = self._ends[shard - 1] if shard else 0
         return self._rows[start : self._ends[shard]]
+
+
+def _listed(paths: Sequence[Path], words: Sequence[str]) -> Iterator[_Shard]:
+    """The archives with their indices; that it takes a while is said, once."""
+    start, is_said = time.monotonic(), False
+    for number, (path, word) in enumerate(zip(paths, words, strict=True)):
+        if not is_said and time.monotonic() - start > SECONDS_WITHOUT_A_WORD:
+            is_said = True
+            log.info(
+                "listing what is in %d .tar files (%d so far); this is kept for the next time",
+                len(paths),
+                number,
+            )
+        yield _Shard(path, *tar_index(path), word)
 
 
 def open_tars(data: str, split: str = "all") -> TarSource:

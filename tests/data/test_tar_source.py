@@ -376,3 +376,16 @@ def test_the_fingerprint_follows_names_sizes_and_labels_not_places(tmp_path: Pat
     later = open_source(str(tmp_path / "a" / "0.tar"))
     assert later.fingerprint == first.fingerprint
     assert later.content_stamp != first.content_stamp
+
+
+def test_a_long_search_is_announced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fdkit")
+    for number in range(4):
+        shard(tmp_path / f"{number}.tar", [number])
+    open_source(str(tmp_path))
+    assert not caplog.messages
+    monkeypatch.setattr("fdkit.data.tar_source.SECONDS_WITHOUT_A_WORD", -1)
+    open_source(str(tmp_path))
+    assert [message.startswith("listing what is in 4 .tar files") for message in caplog.messages] == [True]
