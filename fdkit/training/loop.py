@@ -214,7 +214,10 @@ class Trainer:
     def views(self, batch: Batch) -> list[Tensor]:
         """The batch's views on the device, (b, 3, H, W) in [0, 1] each."""
         crops = [crop.to(self.device, non_blocking=True) for crop in batch.crops]
-        colour = [drawn.to(self.device, non_blocking=True) for drawn in batch.colour]
+        colour = [  # whole numbers say which crops these are: the host reads them, and would wait for the device
+            drawn if drawn.dtype == torch.int64 else drawn.to(self.device, non_blocking=True)
+            for drawn in batch.colour
+        ]
         return self.method.views.finish(crops, colour)
 
     def backward(self, views: list[Tensor], progress: float, labels: Tensor | None) -> dict[str, Tensor]:
