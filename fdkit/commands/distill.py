@@ -11,10 +11,11 @@ from pydantic import field_validator, model_validator
 
 from fdkit.commands._command import ModelOptions, default_output, resolve
 from fdkit.commands._outcome import Outcome
+from fdkit.commands._teacher_cache import CacheRequest, TeacherCacheConfig, open_caches
 from fdkit.commands._training import TrainingCommand, run_training
 from fdkit.config import Config
 from fdkit.data.sources import ImageSource
-from fdkit.data.views import CropConfig, RandomCrop
+from fdkit.data.views import CropConfig, RandomCrop, Views
 from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 from fdkit.methods.feature_distillation import (
@@ -41,7 +42,11 @@ class DistillConfig(ModelOptions, TrainingCommand):
     Example: fdkit distill --teacher demo --data demo --output runs/first
     """
 
-    ALIASES: ClassVar[dict[str, str]] = {**ModelOptions.ALIASES, "--student": "--student.name"}
+    ALIASES: ClassVar[dict[str, str]] = {
+        **ModelOptions.ALIASES,
+        "--student": "--student.name",
+        "--teacher-cache": "--teacher-cache.folder",
+    }
 
     teacher: str
     """A catalog name, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file, a run folder, or demo; or
@@ -53,6 +58,7 @@ class DistillConfig(ModelOptions, TrainingCommand):
     student: StudentConfig = StudentConfig()
     distillation: FeatureDistillationConfig = FeatureDistillationConfig()
     views: CropConfig = CropConfig()
+    teacher_cache: TeacherCacheConfig = TeacherCacheConfig()
 
     @property
     def teachers(self) -> list[str]:
@@ -65,6 +71,11 @@ class DistillConfig(ModelOptions, TrainingCommand):
     @classmethod
     def _student_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("teacher_cache", mode="before")
+    @classmethod
+    def _cache_by_folder(cls, value: Any) -> Any:
+        return {"folder": str(value)} if isinstance(value, (str, Path)) else value
 
     @model_validator(mode="after")
     def _suits_its_teachers(self) -> Self:
@@ -118,14 +129,39 @@ def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
         student = build_student(
             config.student, teachers[0].backbone, image_size=config.views.image_size, seed=config.seed
         )
-        views = RandomCrop(config.views)
-        method = FeatureDistillation(teachers, student, views, config.distillation, seed=config.seed)
         device = local_device(config.device)
         is_bf16 = choose_precision(config.train.precision, device) == "bf16"
+        views: Views = RandomCrop(config.views)
+        cached, facts = None, teacher_facts(teachers)
+        if config.teacher_cache.folder is not None:
+            request = cache_request(config, source, views, device, autocast=is_bf16)
+            views, cached, facts["teacher_cache"] = open_caches(request, teachers)
+        method = FeatureDistillation(
+            teachers, student, views, config.distillation, seed=config.seed, cached=cached
+        )
         path = attention_path(device, torch.bfloat16 if is_bf16 else torch.float32)
-        return method, {**teacher_facts(teachers), "attention": path}
+        return method, {**facts, "attention": path}
 
     return run_training(config, folder, build, handle_signals=handle_signals)
+
+
+def cache_request(
+    config: DistillConfig, source: ImageSource, views: Views, device: torch.device, *, autocast: bool
+) -> CacheRequest:
+    """What the configuration says about keeping the teachers' features of these images."""
+    return CacheRequest(
+        config=config.teacher_cache,
+        distillation=config.distillation,
+        crops=config.views,
+        views=views,
+        source=source,
+        loader=config.loader,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        autocast=autocast,
+        device=device,
+        world=current_world(),
+    )
 
 
 def teacher_facts(teachers: Sequence[Teacher]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fdkit.data.views import Views
 from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 from fdkit.methods._several_teachers import dropped_mean, normalised_weights, weighted_sum
+from fdkit.methods._teacher_cache import CachedTargets, Target
 from fdkit.models.backbone import Backbone, Tokens
 from fdkit.models.distillation_target import Whitening, paired_tokens, whiten
 from fdkit.models.stochastic_depth import add_stochastic_depth
@@ -80,8 +81,13 @@ class FeatureDistillation(Method):
         config: FeatureDistillationConfig,
         *,
         seed: int = 0,
+        cached: CachedTargets | None = None,
     ) -> None:
-        """seed: of the projector's initial weights, drawn without touching the global generator."""
+        """seed: of the projector's initial weights, drawn without touching the global generator.
+
+        cached: where targets are kept; the views are then `CachedViews`, and a teacher follows the images to their
+        device when it is first needed there.
+        """
         super().__init__()
         if views.num_views != 1:
             raise ConfigError(
@@ -91,9 +97,20 @@ class FeatureDistillation(Method):
         names = [one.name for one in teachers] if len(teachers) > 1 else []
         check_targets(config, names)
         if config.teacher_drop_path > 0:
+            if cached is not None:
+                raise ConfigError(
+                    f"distillation.teacher_drop_path {config.teacher_drop_path:g} makes another target each time, "
+                    "which a teacher cache would freeze",
+                    "leave out one of the two",
+                )
             teachers = [_with_stochastic_depth(one, config.teacher_drop_path) for one in teachers]
-        self.teacher, *further = teachers
-        self.further_teachers = nn.ModuleList(further)
+        self.teacher: Teacher
+        self.further_teachers: Sequence[Teacher] | nn.ModuleList
+        if cached is None:
+            self.teacher, self.further_teachers = teachers[0], nn.ModuleList(teachers[1:])
+        else:  # outside the module tree, so that no device holds what may never be run
+            self.__dict__.update(teacher=teachers[0], further_teachers=teachers[1:])
+        self.cached = cached
         self.student = student
         self.views = views
         self.config = config
@@ -115,34 +132,42 @@ class FeatureDistillation(Method):
         """The loss, and the share of the target's variance that the prediction explains (at most 1).
 
         Both are weighted means over several teachers; then "loss/NAME" and "explained_variance/NAME" are those of each
-        teacher on all images. views: one (B, 3, H, W) tensor in [0, 1]; progress is not used.
+        teacher on all images. With a cache, "teacher_cache_read" is the share of targets read rather than computed.
+        views: one (B, 3, H, W) tensor in [0, 1], and what a cache adds to it; progress is not used.
         """
-        (images,) = views
-        targets = [self._target(teacher, images) for teacher in self.teachers]
+        images, read = views[0], {}
+        if self.cached is None:
+            targets = [teacher_says(teacher, images, self.config) for teacher in self.teachers]
+        else:
+            targets, share = self._cached_targets(views)
+            read = {"teacher_cache_read": share}
         tokens = self.student(images)
         projectors = (self.projector, *self.further_projectors)
         imitations = [
             self._imitate(projector, tokens, target)
             for projector, target in zip(projectors, targets, strict=True)
         ]
-        return self._scalars(imitations)
+        return self._scalars(imitations) | read
 
-    def _target(self, teacher: Teacher, images: Tensor) -> Tokens | Tensor:
-        """What a teacher says: tokens, or logits (B, K)."""
-        config = self.config
-        if config.target == "logits":
-            with torch.no_grad():
-                return teacher.backbone.logits(images)
-        if config.reads_end:
-            return teacher.encode(images)
-        return teacher.encode(images, layer=config.layer, norm=config.norm)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _cached_targets(self, views: list[Tensor]) -> tuple[list[Target], Tensor]:
+        """Every teacher's target from its cache, and the share that was read."""
+        assert self.cached is not None
+        device, config = views[0].device, self.config
+        say = [
+            lambda images, teacher=teacher: compared(teacher_says(teacher.to(device), images, config), config)
+            for teacher in self.teachers
+        ]
+        targets, share = self.cached(views, say)
+        return targets, torch.full((), share, device=device)
 
-    def _imitate(self, projector: nn.Module, tokens: Tokens, target: Tokens | Tensor) -> Imitation:
+    def _imitate(self, projector: nn.Module, tokens: Tokens, target: Target) -> Imitation:
         """How well the student says what one teacher says."""
         student, teacher = self._pair(tokens, target)
         prediction = projector(student)
         with torch.autocast(prediction.device.type, enabled=False):
-            prediction, teacher = prediction.float(), whiten(teacher.float(), self.config.whitening)
+            prediction, teacher = prediction.float(), whiten(teacher.float(), self._whitening)
             if self._drops_teachers:
                 loss = F.smooth_l1_loss(prediction, teacher, beta=self.config.beta, reduction="none")
                 loss = loss.flatten(1).mean(dim=1)
@@ -150,12 +175,19 @@ class FeatureDistillation(Method):
                 loss = F.smooth_l1_loss(prediction, teacher, beta=self.config.beta)
             return Imitation(loss, explained_variance(prediction.detach(), teacher))
 
-    def _pair(self, tokens: Tokens, target: Tokens | Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(self, tokens: Tokens, target: Target) -> tuple[Tensor, Tensor]:
         """Student and teacher vectors that stand for the same thing: (B, ..., C_s) and (B, ..., C_t)."""
         if isinstance(target, Tokens) and self.config.target == "feature_map":
             return paired_tokens(tokens, target)
-        vectors = target.patches.mean(dim=1) if isinstance(target, Tokens) else target
+        vectors = compared(target, self.config)
+        assert isinstance(vectors, Tensor)
         return tokens.patches.mean(dim=1), vectors
+
+    @property
+    def _whitening(self) -> Whitening:
+        """What is still to be done to a target: a cache whitens before it stores, but for whitening over a batch."""
+        whitening = self.config.whitening
+        return whitening if self.cached is None or whitening == "batch" else "none"
 
     @property
     def _drops_teachers(self) -> bool:
@@ -175,6 +207,23 @@ class FeatureDistillation(Method):
                 scalars[f"loss/{name}"] = one.loss.detach().mean()
                 scalars[f"explained_variance/{name}"] = one.explained_variance
         return scalars
+
+
+def teacher_says(teacher: Teacher, images: Tensor, config: FeatureDistillationConfig) -> Target:
+    """What a teacher says of images (B, 3, H, W) in [0, 1]: tokens, or logits (B, K); no gradient."""
+    if config.target == "logits":
+        with torch.no_grad():
+            return teacher.backbone.logits(images)
+    if config.reads_end:
+        return teacher.encode(images)
+    return teacher.encode(images, layer=config.layer, norm=config.norm)
+
+
+def compared(target: Target, config: FeatureDistillationConfig) -> Target:
+    """The part of it that the loss compares: tokens, or one vector (B, C) an image."""
+    if isinstance(target, Tokens) and config.target != "feature_map":
+        return target.patches.mean(dim=1)
+    return target
 
 
 def check_targets(config: FeatureDistillationConfig, names: Sequence[str]) -> None:
