@@ -106,9 +106,10 @@ class FeatureCache:
             with contextlib.suppress(FileNotFoundError):
                 entries = _read_journal(path.read_bytes())
                 for view, index, header in entries:
-                    file, _, offset = self._place(Crop(view, index, 0))
-                    if os.pread(file, HEADER_BYTES, offset) in (b"", _EMPTY):
-                        os.pwrite(file, header, offset)
+                    crop = Crop(view, index, 0)
+                    if self.read(crop)[1] in ("missing", "damaged"):
+                        file, _, offset = self._place(crop)
+                        _write_all(file, header, offset)
                 path.unlink()
 
     def bytes_on_disk(self) -> int:
