@@ -1,5 +1,6 @@
 """Images in tar archives, any of them one read away: WebDataset shards, packed folders, plain archives of images."""
 
+import errno
 import glob
 import hashlib
 import logging
@@ -107,7 +108,7 @@ class TarSource:
         return len(self._rows)
 
     def read(self, index: int) -> Image.Image:
-        """Image `index`: RGB, upright. Raises BadImage, and DataError if its archive is another by now."""
+        """Image `index`: RGB, upright. Raises BadImage, also if its archive has changed since it was listed."""
         return decode(self.read_bytes(index), self.describe(index))
 
     def read_pixels(self, index: int) -> Tensor:
@@ -115,7 +116,7 @@ class TarSource:
         return read_pixels(self.read_bytes(index), self.describe(index))
 
     def read_bytes(self, index: int) -> bytes:
-        """The bytes of image `index`, as they stand in the archive. Raises BadImage and DataError as `read` does."""
+        """The bytes of image `index`, as they stand in the archive. Raises BadImage as `read` does."""
         shard, row = self._place(index)
         entry = self._shards[shard].images
         size = int(entry.sizes[row])
@@ -391,7 +392,7 @@ class _Files:
         self._process = os.getpid()
 
     def open(self, number: int) -> int:
-        """A descriptor of an archive. Raises DataError if it has changed since it was listed."""
+        """A descriptor of an archive. Raises OSError if it is gone, or has changed since it was listed."""
         if self._process != os.getpid():  # a forked worker closes none of its parent's
             self._open, self._process = OrderedDict(), os.getpid()
         if number in self._open:
@@ -401,9 +402,7 @@ class _Files:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if stamp_of(os.fstat(descriptor)) != stamp:
             os.close(descriptor)
-            raise DataError(
-                f"{printable(str(path))}: has changed since it was listed", "run the command again"
-            )
+            raise OSError(errno.ESTALE, "its archive has changed since it was listed")
         self._open[number] = descriptor
         if len(self._open) > MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
