@@ -2,9 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdkit.errors import ConfigError, DistributedError, ResourceError
+from fdkit.training.watch import Watch, end_process, lost
 
 T = TypeVar("T")
 
@@ -19,6 +23,9 @@ TIMEOUT_SECONDS = 600.0
 _COLLECTIVE_FAILURE = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|process group", re.IGNORECASE
 )
+_watches: list[Watch] = []
+"""The watch of this process, if it has one."""
+_loss_listeners: list[Callable[[DistributedError], None]] = []
 
 
 class World(NamedTuple):
@@ -75,29 +82,114 @@ def local_device(name: str = "auto") -> torch.device:
 def process_group(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
     """Join the other processes (nccl on CUDA, gloo elsewhere) while the block runs; nothing to join if alone.
 
-    A collective that fails inside the block, because a process died or did not answer, raises DistributedError.
+    A collective that fails inside the block, because a process died or did not answer within timeout_seconds, raises
+    DistributedError, which names that process. Where no collective returns, as on a GPU, this process ends so.
     """
     world = current_world()
-    if world.size == 1:
-        yield world
+    if world.size == 1 or dist.is_initialized():
+        with _explained_loss(world):
+            yield world
         return
-    started_here = not dist.is_initialized()
+    is_cuda = device.type == "cuda"
+    # NCCL ends a process without a word when its time is up; the watch, which has one, comes first.
+    seconds = timeout_seconds + 60 if is_cuda else timeout_seconds
     try:
-        if started_here:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds)
-            )
-        yield world
+        with _explained_loss(world):
+            dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(seconds=seconds))
+            watch = _start_watch(world, timeout_seconds)
+        _watches.append(watch)
+        with _farewell(world, watch), _explained_loss(world):
+            yield world
+    finally:
+        _watches.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def mark(step: int, doing: str) -> None:
+    """Say where this process is, for the others to read should it hang; doing: one of `fdkit.training.watch.DOINGS`."""
+    for watch in _watches:
+        watch.mark(step, doing)
+
+
+@contextmanager
+def told_of_loss(listener: Callable[[DistributedError], None]) -> Iterator[None]:
+    """Call the listener should this process be ended inside the block because another one is lost.
+
+    The call comes from another thread, while this one waits in a collective that does not return.
+    """
+    _loss_listeners.append(listener)
+    try:
+        yield
+    finally:
+        _loss_listeners.remove(listener)
+
+
+def launchers(world: World) -> list[str]:
+    """The torchrun agents that started the processes, sorted; [] where torchrun did not, or they are not joined yet.
+
+    An agent stays the same process through all restarts of what it starts.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or (world.size > 1 and not dist.is_initialized()):
+        return []
+    parent = os.getppid()
+    fields = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
+    return sorted(set(gather(f"{socket.gethostname()}:{parent}:{fields[19]}", world)))
+
+
+def _start_watch(world: World, timeout_seconds: float) -> Watch:
+    """A watch over the processes just joined, with a connection of its own to the store they met at."""
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, and missing from torch's list of names
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=30),
+        wait_for_workers=False,
+        use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+    )
+    name = broadcast(f"fdkit/{uuid.uuid4().hex}", world)
+    watch = Watch(store, name, world.rank, world.size, timeout_seconds=timeout_seconds, on_lost=_end)
+    wait_for_all(world)  # so that every pulse is there to be read
+    watch.start()
+    return watch
+
+
+def _end(error: DistributedError) -> None:
+    for listener in _loss_listeners:
+        with suppress(Exception):  # whatever else fails now, the message below is what counts
+            listener(error)
+    end_process(error)
+
+
+@contextmanager
+def _explained_loss(world: World) -> Iterator[None]:
+    """Turn a failed collective into the error that names who is missing."""
+    try:
+        yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _COLLECTIVE_FAILURE.search(str(error)):
             raise
-        raise DistributedError(
-            f"rank {world.rank} of {world.size} lost the others: {str(error).strip().splitlines()[0]}",
-            "see the rank that ended first in torchrun's output; then run the same command with --resume",
-        ) from error
+        sentence = _watches[0].explain() if _watches else _first_line(error)
+        raise lost(world.rank, world.size, sentence) from error
+
+
+@contextmanager
+def _farewell(world: World, watch: Watch) -> Iterator[None]:
+    """Tell the others how this process leaves the block."""
+    reason = ""
+    try:
+        yield
+    except BaseException as error:
+        reason = _first_line(error)
+        raise
     finally:
-        if started_here and dist.is_initialized():
-            dist.destroy_process_group()
+        watch.leave(reason)
+        if reason and world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            watch.wait_until_left()  # the store that the others look at is in this process
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def reduce_max(values: Tensor, world: World) -> Tensor:

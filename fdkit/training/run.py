@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +26,9 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from fdkit.config import Values, parse_yaml
-from fdkit.errors import ConfigError, FdkitError, OutputError, PreemptedError
+from fdkit.errors import ConfigError, DistributedError, FdkitError, OutputError, PreemptedError
 from fdkit.training.checkpoint import write_whole
-from fdkit.training.distributed import current_world
+from fdkit.training.distributed import current_world, launchers, told_of_loss
 
 log = logging.getLogger("fdkit")
 
@@ -38,7 +38,7 @@ HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 600.0
 HARMLESS = (
     "output", "device", "resume", "overwrite", "json", "recipe", "loader.workers", "train.log_every_steps",
-    "train.save_every_minutes", "train.save_every_steps", "train.keep_checkpoints",
+    "train.save_every_minutes", "train.save_every_steps", "train.keep_checkpoints", "train.timeout_seconds",
 )  # fmt: skip
 """Fields that a resumed run may change: they do not change what is learned."""
 PACKAGES = ("fdkit", "torch", "torchvision", "timm", "open-clip-torch", "numpy", "pillow", "safetensors")
@@ -60,6 +60,8 @@ class Run:
         self._last_heartbeat = 0.0
         self._log_handler: logging.Handler | None = None
         self._log_level = logging.NOTSET
+        self._launchers: list[str] = []
+        self._loss = ExitStack()
 
     @classmethod
     def create(
@@ -74,16 +76,22 @@ class Run:
         """The run in `folder`, locked: new, or with `resume` the one that is there, if any.
 
         overwrite: a run that is there is moved to FOLDER.old-N, never deleted. command: what was typed.
+        A process that torchrun started again goes on with its run, whatever was typed; every process calls this.
         Raises OutputError if the folder is in use, holds something and neither was asked for, or cannot be
         written; ConfigError if a resumed run would change its configuration.
         """
         folder = Path(folder).absolute()
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other")
+        launchers_now = launchers(current_world())
         if not current_world().is_main:
             return cls(folder, config_yaml, resumed=resume, writes=False)
         there = folder.is_dir() and any(folder.iterdir())
         is_run = (folder / "run.json").is_file()
+        is_restart = is_run and _begun_by(folder, launchers_now)
+        if is_restart:
+            log.info("started again by torchrun: the run in %s goes on", folder)
+            resume, overwrite = True, False
         if there and not (is_run and (resume or overwrite)):
             raise _occupied(folder, is_run=is_run)
         if there and overwrite:
@@ -92,7 +100,8 @@ class Run:
         if resume and not there:
             log.info("--resume: %s holds no run yet; starting one", folder)
         run = cls(folder, config_yaml, resumed=there, writes=True)
-        run._acquire()
+        run._launchers = launchers_now
+        run._acquire(is_restart=is_restart)
         try:
             run._open(list(sys.argv if command is None else command))
         except BaseException:
@@ -107,11 +116,13 @@ class Run:
             self._log_level = log.level
             log.setLevel(logging.DEBUG)
             log.addHandler(self._log_handler)
+            self._loss.enter_context(told_of_loss(self._record_loss))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._loss.close()
         state, code = _outcome(error)
         if not self.writes:
             if error is not None and state == "failed" and self.folder.is_dir():
@@ -195,6 +206,10 @@ class Run:
         """Write something for the one who looks for the cause into errors/; its path."""
         return self._write_error(name, text) if self.writes else self.folder / "errors"
 
+    def _record_loss(self, error: DistributedError) -> None:
+        """Say how the run ended where the process that waits for another one is ended by its watch."""
+        self.update(state="failed", exit_code=error.exit_code, reason=str(error), ended=_now())
+
     def _write_error(self, name: str, text: str) -> Path:
         path = self.folder / "errors" / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{name}"
         path.parent.mkdir(exist_ok=True)
@@ -217,13 +232,17 @@ class Run:
             command=command,
             host=socket.gethostname(),
             pid=os.getpid(),
+            launchers=self._launchers,
             started=self._facts.get("started", _now()),
             resumes=self._facts.get("resumes", -1) + 1,
             **environment(),
         )
 
-    def _acquire(self) -> None:
-        """Take the folder's lock; the kernel drops it when this process ends, however it ends."""
+    def _acquire(self, *, is_restart: bool = False) -> None:
+        """Take the folder's lock; the kernel drops it when this process ends, however it ends.
+
+        is_restart: whether the holder was started by the torchrun that started this, which has ended it.
+        """
         path = self.folder / "lock"
         if path in Run._held:
             raise OutputError(f"{self.folder}: in use by this process")
@@ -235,7 +254,7 @@ class Run:
                 f"{self.folder}: cannot be written: {error.strerror}", "choose another --output"
             ) from error
         try:
-            holder = _lock_or_refuse(descriptor, self.folder)
+            holder = _lock_or_refuse(descriptor, self.folder, is_restart=is_restart)
         except BaseException:
             os.close(descriptor)
             raise
@@ -329,6 +348,15 @@ def _occupied(folder: Path, *, is_run: bool) -> OutputError:
     )
 
 
+def _begun_by(folder: Path, launchers_now: list[str]) -> bool:
+    """Whether the run in a folder was last started by one of the torchrun agents that started this process, too."""
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return bool(set(facts.get("launchers", [])) & set(launchers_now))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
 def _move_away(folder: Path) -> None:
     """Rename a run that nobody holds to FOLDER.old-N."""
     holder = Run(folder, "", resumed=True, writes=True)
@@ -344,7 +372,7 @@ def _move_away(folder: Path) -> None:
     log.info("--overwrite: the run that was in %s is now in %s", folder, aside)
 
 
-def _lock_or_refuse(descriptor: int, folder: Path) -> dict[str, Any]:
+def _lock_or_refuse(descriptor: int, folder: Path, *, is_restart: bool) -> dict[str, Any]:
     """Lock the open lock file; who held it and ended without letting go, {} if nobody did.
 
     A POSIX record lock: forked loader workers do not inherit it, so it never outlives this process. A holder on
@@ -363,7 +391,7 @@ def _lock_or_refuse(descriptor: int, folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise OutputError(f"{folder}: in use by {who}", "wait for it, or choose another --output") from error
     status = folder / "run.json"
-    if holder and holder["host"] != socket.gethostname() and status.exists():
+    if holder and holder["host"] != socket.gethostname() and status.exists() and not is_restart:
         quiet = time.time() - status.stat().st_mtime
         if quiet < STALE_SECONDS:
             raise OutputError(
