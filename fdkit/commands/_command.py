@@ -30,8 +30,8 @@ class Command(Config):
 
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:1. A device that is not there is an error."""
-    seed: int = 0
-    """Seed of everything random."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of everything random, 0 or more."""
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(default=False, exclude=True)
     """Print one JSON document on standard output and nothing else there."""
 

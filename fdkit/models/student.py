@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fdkit.config import Config
 from fdkit.errors import ConfigError
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Preprocessing
+from fdkit.models.fast_beit import use_batched_depth
 from fdkit.models.libraries import build_timm
 
 INIT_STD = 0.02
@@ -31,6 +32,9 @@ class StudentConfig(Config):
     default), one table a layer, or absolute positions. Swin and named students have their own."""
     drop_path: float = Field(default=0.2, ge=0, lt=1)
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    drop_path_mode: Literal["bernoulli", "batched"] = "bernoulli"
+    """Each sample's branch is dropped independently; or of every batch a fixed share, which saves the time of what is
+    dropped and has the same mean. Batched is for ViT students built like their teacher."""
     width: int | None = Field(default=None, ge=1)
     """Embedding width of a ViT student; left out, the teacher's."""
     depth: int | None = Field(default=None, ge=1)
@@ -54,8 +58,12 @@ def build_student(config: StudentConfig, teacher: Backbone, *, image_size: int, 
         torch.manual_seed(seed)
         if config.name is not None:
             _refuse_vit_options(config, f"student {config.name} has its own architecture")
-            return _build_named(config.name, config.drop_path, preprocessing)
-        return _build_like(config, teacher, preprocessing)
+            student = _build_named(config.name, config.drop_path, preprocessing)
+        else:
+            student = _build_like(config, teacher, preprocessing)
+    if config.drop_path_mode == "batched":
+        use_batched_depth(student.network)
+    return student
 
 
 def init_vit(network: Any) -> None:

@@ -33,7 +33,16 @@ from fdkit.training.checkpoint import (
     newest_sound,
     save_checkpoint,
 )
-from fdkit.training.distributed import World, broadcast, current_world, gather, process_group, wait_for_all
+from fdkit.training.compiling import compilation_facts, forget_compilations, warn_of_compilation
+from fdkit.training.distributed import (
+    World,
+    broadcast,
+    current_world,
+    gather,
+    mark,
+    process_group,
+    wait_for_all,
+)
 from fdkit.training.export import export_student
 from fdkit.training.failures import explained_failures, not_finite
 from fdkit.training.generators import (
@@ -99,7 +108,7 @@ def train(
     with ExitStack() as stack:
         if handle_signals:
             stack.enter_context(stop.catch())
-        world = stack.enter_context(process_group(device))
+        world = stack.enter_context(process_group(device, train.timeout_seconds))
         stack.enter_context(explained_failures(train, plan, device))
         stack.enter_context(undisturbed_generators(device))
         derived = describe_plan(plan) | {"loader": readers_of(loader)._asdict()}
@@ -175,11 +184,14 @@ class Trainer:
             self.optimizer, (torch.optim.AdamW, torch.optim.SGD)
         )
         self.votes = Votes(world, device, lag=1 if refuses_bad else 0)
+        forget_compilations()
         self.module = parallel(method, world, device, compile=train.compile)
+        self.told_of_compilation = not train.compile
         self._last_save = time.monotonic()
 
     def update(self, batch: Batch) -> list[Verdict]:
         """One optimiser update; what is known by now about this step and those before."""
+        mark(self.step, "computing")
         progress = self.step / self.plan.num_steps
         self.set_rates(progress)
         self.optimizer.zero_grad(set_to_none=True)
@@ -315,6 +327,7 @@ class Trainer:
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for them counted; training's generators are not drawn from."""
         while self.step < self.plan.num_steps:
+            mark(self.step, "reading images")
             start = time.perf_counter()
             with undisturbed_generators(self.device):
                 batch = next(batches)
@@ -341,9 +354,20 @@ class Trainer:
             eta = self.clock.eta_seconds(self.plan.num_steps - self.step)
             progress.show(self.step, values, eta_seconds=eta)
         warn(self.health.logged(self.step, values, kept=self.last_good_checkpoint()))
+        self.tell_of_compilation()
+
+    def tell_of_compilation(self) -> None:
+        """Say once, when the first lines are logged, what the compiler made of the blocks, and what it did not."""
+        if not self.told_of_compilation:
+            self.told_of_compilation = True
+            facts = compilation_facts()
+            self.run.update(compile=facts)
+            if self.world.is_main:
+                warn_of_compilation(facts)
 
     def measure(self, monitor: Monitor, progress: Progress) -> None:
         """Log what a monitor finds; training goes on as if it had not been called, unless it has collapsed."""
+        mark(self.step, "measuring" if self.world.is_main else "waiting for rank 0")
         start = time.perf_counter()
         found: dict[str, float] = {}
         if self.world.is_main:
@@ -377,6 +401,7 @@ class Trainer:
         for verdict in self.votes.read(lag=0):
             if verdict.is_bad:
                 raise self.not_finite(verdict, {})
+        mark(self.step, "saving" if self.world.is_main else "waiting for rank 0")
         start = time.perf_counter()
         windows = gather(self.window.numbers(), self.world)
         generators = gather(get_generators(self.device), self.world)

@@ -8,13 +8,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fdkit.methods._method import Method
+from fdkit.training.compiling import compile_regions
 from fdkit.training.distributed import World
 
 
 def parallel(method: Method, world: World, device: torch.device, *, compile: bool) -> nn.Module:
     """The method, compiled and with its gradients averaged over the processes, as far as asked for."""
     if compile:
-        method.compile()
+        compile_regions(method)
     if world.size == 1:
         return method
     devices = [device.index] if device.type == "cuda" else None

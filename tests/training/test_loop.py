@@ -415,15 +415,15 @@ def test_what_compiling_cannot_do_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 
     BrokenError.__module__ = "torch._dynamo.exc"
 
-    class Uncompilable(ToyMethod):
-        def compile(self, *args: Any, **kwargs: Any) -> None:
-            raise BrokenError("cannot trace\nlong story")
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise BrokenError("cannot trace\nlong story")
 
+    monkeypatch.setattr(torch, "compile", fail)
     with (
         pytest.raises(ConfigError, match=r"train.compile: torch.compile failed: cannot trace\n"),
         Run.create(tmp_path / "run", CONFIG_YAML) as run,
     ):
-        train(Uncompilable(), Pictures(), run, **settings(train_compile=True))
+        train(ToyMethod(), Pictures(), run, **settings(train_compile=True))
 
 
 # Several processes
