@@ -116,14 +116,18 @@ def test_other_tools_read_the_shards(tmp_path: Path) -> None:
         Image.open(io.BytesIO(sample["jpg"])).load()
 
 
-def test_portraits_and_rounding(tmp_path: Path) -> None:
+def test_portraits_rounding_and_long_thin_images(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     photo(1, 61, 131).save(tmp_path / "in" / "tall.png")
     photo(2, 41, 41).save(tmp_path / "in" / "square.png")
+    photo(3, 130, 40).save(tmp_path / "in" / "thin.png")  # its short side is none too long
     pack(**options(tmp_path))
     source = open_source(str(tmp_path / "out"))
     assert source.labels is None
-    assert sorted(source.read(index).size for index in range(2)) == [(40, 40), (40, 86)]
+    packed = {Path(source.member_name(index)).name.partition("-")[2]: index for index in range(3)}
+    sizes = {name: source.read(index).size for name, index in packed.items()}
+    assert sizes == {"tall.jpg": (40, 86), "square.jpg": (40, 40), "thin.png": (130, 40)}
+    assert source.read_bytes(packed["thin.png"]) == (tmp_path / "in" / "thin.png").read_bytes()
 
 
 def test_images_that_are_no_files_are_kept_to_the_pixel(tmp_path: Path) -> None:

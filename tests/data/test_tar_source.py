@@ -350,6 +350,16 @@ def test_images_of_an_archive_that_changes_while_it_is_read_are_not_taken_for_ot
         source.read(1)
 
 
+def test_an_archive_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    members = [("0.png", png(1)), ("1.ppm", b"P6 90 60 255\n" + bytes(90 * 60 * 3))]
+    path = write_tar(tmp_path / "x.tar", members)
+    source = open_source(str(path))
+    assert source.read(1).size == (90, 60)
+    os.truncate(path, header_of(path, "1.ppm") + 512 + 1000)
+    with pytest.raises(BadImage, match=r"x\.tar:1\.ppm \(1000 of 16213 bytes are there"):
+        source.read_pixels(1)
+
+
 def test_a_source_sent_to_another_process_opens_its_own_files(tmp_path: Path) -> None:
     for number in range(4):
         shard(tmp_path / f"{number}.tar", [number])
