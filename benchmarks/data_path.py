@@ -14,6 +14,7 @@ import json
 import platform
 import statistics
 import subprocess
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from torchvision.transforms.functional import resized_crop
 
 from fdkit.data.decode import decode, read_pixels
 from fdkit.data.loader import LoaderConfig, training_batches
-from fdkit.data.sources import FolderSource
+from fdkit.data.sources import FolderSource, ImageSource, open_source
 from fdkit.data.views import CropConfig, Pixels, RandomCrop, draw_box
 
 SIZE = 224
@@ -106,6 +107,7 @@ def measure(root: Path, repeats: int) -> dict:
     candidates = {
         "ImageFolder": image_folder_epoch(root),
         "fdkit with Pillow": with_pillow(fdkit_epoch(source)),
+        "fdkit with Pillow, from a tar": with_pillow(fdkit_epoch(as_tar(root, paths))),
     }
     if has_torchcodec:
         candidates["fdkit with TorchCodec"] = fdkit_epoch(source)
@@ -166,6 +168,14 @@ def with_pillow(run: Callable[[], None]) -> Callable[[], None]:
     return without_torchcodec
 
 
+def as_tar(root: Path, paths: list[str]) -> ImageSource:
+    """The same files as one archive, beside their folder."""
+    with tarfile.open(root / "images.tar", "w", dereference=True) as archive:
+        for path in paths:
+            archive.add(path, Path(path).name)
+    return open_source(str(root / "images.tar"))
+
+
 def image_folder_epoch(root: Path) -> Callable[[], None]:
     steps = [
         transforms.RandomResizedCrop(SIZE),
@@ -177,7 +187,7 @@ def image_folder_epoch(root: Path) -> Callable[[], None]:
     return lambda: [None for _ in loader] and None
 
 
-def fdkit_epoch(source: FolderSource) -> Callable[[], None]:
+def fdkit_epoch(source: ImageSource) -> Callable[[], None]:
     views = RandomCrop(CropConfig(image_size=SIZE))
     steps = len(source) // BATCH
 
