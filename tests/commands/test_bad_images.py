@@ -1,4 +1,5 @@
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,25 @@ def test_a_run_says_who_reads_its_images(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("fdkit.data.decode._torchcodec", lambda: None)
     with pytest.raises(ConfigError, match="torchcodec: TorchCodec is not installed"):
         distill(data=folder, **VALUES, loader={"decoder": "torchcodec"}, output=tmp_path / "other")
+
+
+def test_a_broken_image_in_a_shard_is_named_and_left_out_and_a_broken_shard_stops_the_run(
+    tmp_path: Path,
+) -> None:
+    folder = make_folder(tmp_path / "images", good=11, bad=1)
+    files = sorted(folder.iterdir())
+    for number, part in enumerate([files[:5], files[5:]]):
+        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as archive:
+            for path in part:
+                archive.add(path, path.name)
+    shards = f"wds:{tmp_path}/shard-{{0..1}}.tar"
+    run = distill(data=shards, **VALUES, output=tmp_path / "run")
+    (broken,) = json.loads((run / "run.json").read_text())["unreadable_images"]
+    assert broken == f"{tmp_path}/shard-1.tar:broken0.jpg"
+    data = bytearray((tmp_path / "shard-0.tar").read_bytes())
+    with tarfile.open(tmp_path / "shard-0.tar") as archive:
+        offset = archive.getmembers()[2].offset
+    data[offset : offset + 9] = b"\1" * 9
+    (tmp_path / "shard-0.tar").write_bytes(data)
+    with pytest.raises(DataError, match=rf"shard-0\.tar: damaged at byte {offset}"):
+        distill(data=shards, **VALUES, output=tmp_path / "again")
