@@ -93,12 +93,14 @@ class FeatureCache:
         That is not what was given where another process was quicker. Raises ResourceError when the disk is full.
         """
         order = sorted(range(len(crops)), key=lambda number: crops[number][:2])  # one order, so no deadlock
-        with self._locked(self._number(crops[number]) for number in order):
+        with self._disk_errors(), self._locked(self._number(crops[number]) for number in order):
             standing = [self.read(crop) for crop in crops]
             new = [number for number in order if standing[number][1] != "sound"]
-            with self._disk_errors():
-                self._write([(crops[number], contents[number], standing[number][1]) for number in new])
-        return [contents[n] if n in set(new) else standing[n][0] for n in range(len(crops))]
+            self._write([(crops[number], contents[number], standing[number][1]) for number in new])
+        return [
+            there if state == "sound" else content
+            for content, (there, state) in zip(contents, standing, strict=True)
+        ]
 
     def recover(self) -> None:
         """Finish what processes that were killed had begun to put in place. Harmless beside others at work."""
@@ -119,8 +121,13 @@ class FeatureCache:
     @contextlib.contextmanager
     def creation(self) -> Iterator[None]:
         """Hold the folder while its description is made; others wait."""
-        with self._locked([_CREATION]):
+        lock = self._locked([_CREATION])
+        with self._disk_errors():
+            lock.__enter__()
+        try:
             yield
+        finally:
+            lock.__exit__(None, None, None)
 
     def _number(self, crop: Crop) -> int:
         return crop.view * self.layout.num_images + crop.image

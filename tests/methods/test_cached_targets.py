@@ -268,3 +268,23 @@ def test_places_go_in_the_parts_that_tensors_go_in() -> None:
             for place, part in zip(Places(rows).chunk(parts), rows.chunk(parts), strict=True)
         )
     assert Places(rows).crops()[1] == (4, 5, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="looks for waits of the host for a GPU")
+def test_reading_makes_the_host_wait_for_nothing(tmp_path: Path) -> None:
+    teacher = _teacher()
+    method = _cached_method(tmp_path, [teacher]).to("cuda")
+    for number in range(2):
+        batch = _batches(method)[0]
+        crops = [crop.pin_memory().to("cuda", non_blocking=True) for crop in batch.crops]
+        colour = [
+            drawn if drawn.dtype == torch.int64 else drawn.pin_memory().to("cuda", non_blocking=True)
+            for drawn in batch.colour
+        ]
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            found = method(method.views.finish(crops, colour), 0.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert found["teacher_cache_read"].item() == 1
