@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import field_validator, model_validator
+from torch import Tensor
 
 from fdkit.commands._command import ModelOptions, default_output, resolve
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._teacher_cache import CacheRequest, TeacherCacheConfig, open_caches
 from fdkit.commands._training import TrainingCommand, run_training
 from fdkit.config import Config
+from fdkit.data.loader import training_batches
 from fdkit.data.sources import ImageSource
 from fdkit.data.views import CropConfig, RandomCrop, Views
 from fdkit.errors import ConfigError
@@ -23,15 +25,18 @@ from fdkit.methods.feature_distillation import (
     FeatureDistillationConfig,
     check_targets,
 )
-from fdkit.models.attention import attention_path
+from fdkit.models.fast_beit_attention import attention_facts
 from fdkit.models.student import StudentConfig, build_student
 from fdkit.teachers.licensing import UNSTATED
+from fdkit.teachers.low_precision import quantise_checked, require_float8
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.distributed import current_world, local_device
 from fdkit.training.plan import choose_precision
 
 logger = logging.getLogger("fdkit")
 
+FLOAT8_IMAGES = 64
+"""On how many images a teacher in float8 is compared with itself in bfloat16."""
 OF_ONE_FILE = ("architecture", "checkpoint_key", "mean", "std")
 """Options that say what one file of weights does not tell."""
 
@@ -51,8 +56,9 @@ class DistillConfig(ModelOptions, TrainingCommand):
     teacher: str
     """A catalog name, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file, a run folder, or demo; or
     several with commas between, where a student built like its teacher is like the first."""
-    teacher_precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the teacher's weights and arithmetic; the target is whitened in float32 either way."""
+    teacher_precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Of the teacher's weights and arithmetic; the target is whitened in float32 whichever it is. fp8 takes a GPU that
+    computes in it and torchao, and is refused where it changes what the teacher says."""
     teacher_compile: bool = False
     """Compile the teacher with torch.compile: minutes at the start, faster steps after."""
     student: StudentConfig = StudentConfig()
@@ -114,17 +120,7 @@ def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
     folder = config.output or default_output("distill", config.teacher)
 
     def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
-        wants_logits = config.distillation.target == "logits"
-        teachers = [
-            config.load(
-                name,
-                seed=config.seed,
-                keep_head=wants_logits,
-                precision=config.teacher_precision,
-                compile=config.teacher_compile,
-            )
-            for name in config.teachers
-        ]
+        teachers, facts = load_teachers(config, source)
         announce_terms(teachers)
         student = build_student(
             config.student, teachers[0].backbone, image_size=config.views.image_size, seed=config.seed
@@ -132,17 +128,58 @@ def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
         device = local_device(config.device)
         is_bf16 = choose_precision(config.train.precision, device) == "bf16"
         views: Views = RandomCrop(config.views)
-        cached, facts = None, teacher_facts(teachers)
+        cached = None
         if config.teacher_cache.folder is not None:
             request = cache_request(config, source, views, device, autocast=is_bf16)
             views, cached, facts["teacher_cache"] = open_caches(request, teachers)
         method = FeatureDistillation(
             teachers, student, views, config.distillation, seed=config.seed, cached=cached
         )
-        path = attention_path(device, torch.bfloat16 if is_bf16 else torch.float32)
-        return method, {**facts, "attention": path}
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
+        return method, {**facts, **attention_facts(student.network, device, dtype)}
 
     return run_training(config, folder, build, handle_signals=handle_signals)
+
+
+def load_teachers(config: DistillConfig, source: ImageSource) -> tuple[list[Teacher], dict[str, Any]]:
+    """The teachers asked for, in the precision asked for, and what run.json says of them.
+
+    Raises what `load_teacher` does, and for float8 what `quantise_checked` does, on crops of these images.
+    """
+    is_float8 = config.teacher_precision == "fp8"
+    device = local_device(config.device)
+    if is_float8:
+        require_float8(device)
+    teachers = [
+        config.load(
+            name,
+            seed=config.seed,
+            keep_head=config.distillation.target == "logits",
+            precision="bf16" if is_float8 else config.teacher_precision,
+            compile=config.teacher_compile and not is_float8,
+        )
+        for name in config.teachers
+    ]
+    facts = teacher_facts(teachers)
+    if is_float8:
+        images = _first_crops(config, source).to(device)
+        facts["float8"] = {one.name: quantise_checked(one.to(device), images) for one in teachers}
+        if config.teacher_compile:
+            for one in teachers:
+                one.backbone.compile()
+    return teachers, facts
+
+
+def _first_crops(config: DistillConfig, source: ImageSource) -> Tensor:
+    """(B, 3, S, S) in [0, 1]: crops as training draws them, of up to FLOAT8_IMAGES images."""
+    views = RandomCrop(config.views)
+    loader = config.loader.model_copy(update={"workers": 0})
+    size = min(FLOAT8_IMAGES, len(source))
+    batches = training_batches(
+        source, views, loader, batch_size=size, seed=config.seed, start_step=0, num_steps=1
+    )
+    batch = next(iter(batches))
+    return views.finish(batch.crops, batch.colour)[0]
 
 
 def cache_request(

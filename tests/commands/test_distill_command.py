@@ -11,7 +11,7 @@ import torch
 from fdkit.commands._flags import parse_flags
 from fdkit.commands.distill import DistillConfig, announce_terms, distill
 from fdkit.config import parse_yaml, to_yaml, validate
-from fdkit.errors import ConfigError
+from fdkit.errors import ConfigError, ResourceError
 from fdkit.models.libraries import build_timm, save_backbone
 from fdkit.teachers.loading import load_teacher
 
@@ -279,3 +279,29 @@ def test_flags_name_several_teachers_weights_and_layers(two_teachers: list[Path]
     assert (config.distillation.layer, config.distillation.norm) == (-2, False)
     again = validate(DistillConfig, parse_yaml(to_yaml(config), "config.yaml"), "config.yaml")
     assert again == config
+
+
+def test_a_teacher_in_float8_needs_a_device_that_computes_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fdkit.commands import distill as command
+    from fdkit.teachers import low_precision
+
+    monkeypatch.setattr(low_precision, "find_spec", lambda name: True)
+    with pytest.raises(ResourceError, match="cpu does not multiply in float8"):
+        distill(**TINY, teacher_precision="fp8", device="cpu", output=tmp_path / "run")
+    seen: list[int] = []
+
+    def admit(teacher: Any, images: torch.Tensor) -> dict[str, Any]:
+        seen.append(len(images))
+        assert images.shape[1] == 3
+        assert 0 <= images.min() < images.max() <= 1
+        assert teacher.backbone.dtype == torch.bfloat16
+        return {"cosine": 0.9995}
+
+    monkeypatch.setattr(command, "require_float8", lambda device: None)
+    monkeypatch.setattr(command, "quantise_checked", admit)
+    run = distill(**TINY, teacher_precision="fp8", device="cpu", output=tmp_path / "run8")
+    assert seen == [64]
+    facts = json.loads((run / "run.json").read_text())
+    assert list(facts["float8"].values()) == [{"cosine": 0.9995}]
