@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdkit.errors import ConfigError, DistributedError, ResourceError
+from fdkit.training.meeting import is_kept_by_torchrun, meet, open_store
 from fdkit.training.watch import Watch, end_process, lost
 
 T = TypeVar("T")
@@ -95,8 +95,7 @@ def process_group(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS
     seconds = timeout_seconds + 60 if is_cuda else timeout_seconds
     try:
         with _explained_loss(world):
-            dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(seconds=seconds))
-            watch = _start_watch(world, timeout_seconds)
+            watch = _join(world, "nccl" if is_cuda else "gloo", timeout_seconds, seconds)
         _watches.append(watch)
         with _farewell(world, watch), _explained_loss(world):
             yield world
@@ -137,18 +136,27 @@ def launchers(world: World) -> list[str]:
     return sorted(set(gather(f"{socket.gethostname()}:{parent}:{fields[19]}", world)))
 
 
-def _start_watch(world: World, timeout_seconds: float) -> Watch:
-    """A watch over the processes just joined, with a connection of its own to the store they met at."""
-    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, and missing from torch's list of names
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=30),
-        wait_for_workers=False,
-        use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+def _join(world: World, backend: str, timeout_seconds: float, collective_seconds: float) -> Watch:
+    """Meet the other processes, form the process group, and begin to watch."""
+    serves = world.is_main and not is_kept_by_torchrun()
+    store = open_store(timeout_seconds, serves=serves)
+    name = meet(store, world.rank, world.size, timeout_seconds)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"fdkit/{name}", store),  # type: ignore[attr-defined]  # public, but in no list
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=collective_seconds),
     )
-    name = broadcast(f"fdkit/{uuid.uuid4().hex}", world)
-    watch = Watch(store, name, world.rank, world.size, timeout_seconds=timeout_seconds, on_lost=_end)
+    own = open_store(timeout_seconds, serves=False)  # two threads would wait for each other at one connection
+    watch = Watch(
+        own,
+        f"fdkit/{name}/pulse",
+        world.rank,
+        world.size,
+        timeout_seconds=timeout_seconds,
+        on_lost=_end,
+    )
     wait_for_all(world)  # so that every pulse is there to be read
     watch.start()
     return watch
@@ -184,7 +192,7 @@ def _farewell(world: World, watch: Watch) -> Iterator[None]:
         raise
     finally:
         watch.leave(reason)
-        if reason and world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if reason and world.is_main and not is_kept_by_torchrun():
             watch.wait_until_left()  # the store that the others look at is in this process
 
 

@@ -158,7 +158,7 @@ class Watch:
             if pulse.ended:
                 left.append(f"rank {number} ended {_where(pulse)}: {pulse.ended}")
             elif pulse.ended is None and self._is_silent(number):
-                silent.append(f"rank {number} died {_where(pulse)}")
+                silent.append(f"rank {number} died, last seen {pulse.doing}{_of_step(pulse)}")
         if time.monotonic() - self._answered > self.patience:
             return "the store of the processes does not answer: its host, or rank 0 which keeps it, is gone"
         causes = [sentence for sentence in left if _LOST not in sentence]

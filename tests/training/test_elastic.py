@@ -1,0 +1,106 @@
+"""Processes that torchrun starts again, after one was killed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_toys import CONFIG_YAML, final_weights, same_bits, untimed_metrics
+
+from fdkit.training.distributed import current_world, launchers
+from fdkit.training.run import Run
+
+TOY = Path(__file__).with_name("elastic_toy.py")
+
+
+def torchrun(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    output = process.communicate(timeout=seconds)[0]
+    return process.returncode, output
+
+
+def run_toy(folder: Path, how: str, *options: str, **environment: str) -> tuple[int, str]:
+    options = ("--standalone", "--nproc-per-node", "2", *options)
+    return finish(torchrun(*options, str(TOY), str(folder), how, **environment))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    code, output = run_toy(folder, "new")
+    assert code == 0, output
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_no_bit(
+    straight: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with Run.create(folder, CONFIG_YAML) as run:
+        run.log_metrics({"step": 1, "loss": 1.0})
+    died = tmp_path / "died"
+    code, output = run_toy(folder, "overwrite", "--max-restarts", "2", DIES_AT=f"0:10:{died}")
+    assert code == 0, output
+    assert died.exists()
+    assert "resuming at step 8 of 24" in (folder / "log.txt").read_text()
+    assert same_bits(final_weights(straight), final_weights(folder))
+    assert untimed_metrics(straight) == untimed_metrics(folder)
+    facts = json.loads((folder / "run.json").read_text())
+    assert (facts["state"], facts["resumes"]) == ("done", 1)
+    aside = [path.name for path in tmp_path.iterdir() if "old" in path.name]
+    assert aside == ["run.old-1"], "an older run is moved once"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_without_restarts_the_others_say_who_died(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, output = run_toy(folder, "new", DIES_AT=f"1:10:{tmp_path / 'died'}")
+    assert code != 0
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["exit_code"] == 8, output
+    assert "rank 0 of 2 lost the others: rank 1 died, last seen" in facts["reason"]
+
+
+def test_only_what_the_same_torchrun_began_goes_on_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert len(launchers_now := launchers(current_world())) == 1
+    with Run.create(tmp_path / "run", "data: 1\n") as run:
+        assert run.facts["launchers"] == launchers_now
+    with Run.create(tmp_path / "run", "data: 1\n", overwrite=True) as run:
+        assert run.resumed, "--overwrite moved it aside in the first attempt"
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(recorded | {"launchers": ["host:1:2"]}))
+    with Run.create(tmp_path / "run", "data: 2\n", overwrite=True) as run:
+        assert not run.resumed, "an older run, of another torchrun"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with Run.create(tmp_path / "run", "data: 3\n", overwrite=True) as run:
+        assert not run.resumed
+
+
+def test_a_lock_from_a_lost_host_of_the_same_torchrun_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with Run.create(tmp_path / "run", CONFIG_YAML):
+        pass
+    (tmp_path / "run" / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 4}))
+    with Run.create(tmp_path / "run", CONFIG_YAML) as run:
+        assert run.resumed
