@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from fdkit.errors import DistributedError
@@ -156,7 +157,9 @@ class Watch:
                 continue
             pulse = self._seen[number]
             if pulse.ended:
-                left.append(f"rank {number} ended {_where(pulse)}: {pulse.ended}")
+                is_told = pulse.ended.startswith(f"rank {number} ")
+                told = f"rank {number} ended while {pulse.doing}{_of_step(pulse)}: "
+                left.append(pulse.ended if is_told else told + pulse.ended)
             elif pulse.ended is None and self._is_silent(number):
                 silent.append(f"rank {number} died, last seen {pulse.doing}{_of_step(pulse)}")
         if time.monotonic() - self._answered > self.patience:
@@ -225,11 +228,20 @@ class Watch:
     def _judge(self) -> None:
         """End this process once another one is lost and the main thread does not notice by itself."""
         while not self._stopping.wait(self.period):
-            sentence = self._verdict()
-            if not sentence or self._stopping.wait(EXIT_LEEWAY) or self._pulse.is_broken:
+            if not self._verdict() or self._stopping.wait(EXIT_LEEWAY) or self._pulse.is_broken:
                 continue
-            self.on_lost(lost(self.rank, self.size, sentence))
-            return
+            sentence = self._verdict()  # again: by now the others may have said more
+            if sentence:
+                self._end(sentence)
+                return
+
+    def _end(self, sentence: str) -> None:
+        error = lost(self.rank, self.size, sentence)
+        is_own_fault = sentence.startswith(f"rank {self.rank} hangs")
+        self._pulse = self._pulse._replace(ended=sentence if is_own_fault else error.message)
+        with suppress(RuntimeError):
+            self._write()
+        self.on_lost(error)
 
     def _verdict(self) -> str:
         """What is wrong beyond doubt; "" if nothing is."""
@@ -245,7 +257,8 @@ class Watch:
             return ""
         if min(now - self._moved[number] for number in running) <= self.timeout_seconds:
             return ""
-        return self._who_lags() or self._all_hang()
+        some_broke = any(pulse.is_broken for pulse in self._all())
+        return self._who_lags() or (self._who_hangs() if some_broke else self._all_hang())
 
     def _all_hang(self) -> str:
         if self._pulse.step == self._first_step:  # compiling may take any time, in all processes at once
@@ -265,10 +278,6 @@ def end_process(error: DistributedError) -> None:
     """End this process at once, whatever its main thread waits for."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(error.exit_code)
-
-
-def _where(pulse: Pulse) -> str:
-    return f"while {pulse.doing}{_of_step(pulse)}"
 
 
 def _of_step(pulse: Pulse) -> str:
