@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fdkit.config import Config
 from fdkit.errors import ConfigError
+from fdkit.models.attention import WantedAttention
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Preprocessing
 from fdkit.models.fast_beit import use_batched_depth
+from fdkit.models.fast_beit_attention import use_attention
 from fdkit.models.libraries import build_timm
 
 INIT_STD = 0.02
@@ -35,6 +37,10 @@ class StudentConfig(Config):
     drop_path_mode: Literal["bernoulli", "batched"] = "bernoulli"
     """Each sample's branch is dropped independently; or of every batch a fixed share, which saves the time of what is
     dropped and has the same mean. Batched is for ViT students built like their teacher."""
+    attention: WantedAttention = "auto"
+    """How attention with a learned position bias is computed, which changes time and rounding alone: auto,
+    as suits the device; fused, a fused kernel and the bias gradient in Triton; sdpa, PyTorch's choice; matmul, products
+    written out; matmul_fp32, the same in float32."""
     width: int | None = Field(default=None, ge=1)
     """Embedding width of a ViT student; left out, the teacher's."""
     depth: int | None = Field(default=None, ge=1)
@@ -63,6 +69,7 @@ def build_student(config: StudentConfig, teacher: Backbone, *, image_size: int, 
             student = _build_like(config, teacher, preprocessing)
     if config.drop_path_mode == "batched":
         use_batched_depth(student.network)
+    use_attention(student.network, config.attention)
     return student
 
 
