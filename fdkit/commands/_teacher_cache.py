@@ -64,7 +64,8 @@ class TeacherCacheConfig(Config):
     dtype: CacheDtype = "int8"
     """How numbers are stored: int8 with a scale for each vector, or fp16 at twice the size."""
     pca: int | None = Field(None, gt=0)
-    """Principal components that stand for a vector; null: all its numbers."""
+    """Principal components that stand for a vector; loss and explained_variance are then of what they keep, which
+    run.json states. Null: all its numbers."""
     max_gigabytes: float | None = Field(None, gt=0)
     """Largest size that the cache of one teacher may reach in this run, in 1e9 bytes; null: what the disk has."""
 

@@ -121,13 +121,10 @@ class FeatureCache:
     @contextlib.contextmanager
     def creation(self) -> Iterator[None]:
         """Hold the folder while its description is made; others wait."""
-        lock = self._locked([_CREATION])
-        with self._disk_errors():
-            lock.__enter__()
-        try:
+        with contextlib.ExitStack() as stack:
+            with self._disk_errors():
+                stack.enter_context(self._locked([_CREATION]))
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def _number(self, crop: Crop) -> int:
         return crop.view * self.layout.num_images + crop.image
