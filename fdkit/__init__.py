@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "distill": "fdkit.commands.distill",
+    "pack": "fdkit.commands.pack",
     "pretrain": "fdkit.commands.pretrain",
     "finetune": "fdkit.commands.finetune",
     "segment": "fdkit.commands.segment",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fdkit.commands.doctor import doctor as doctor
     from fdkit.commands.evaluate import evaluate as evaluate
     from fdkit.commands.finetune import finetune as finetune
+    from fdkit.commands.pack import pack as pack
     from fdkit.commands.pretrain import pretrain as pretrain
     from fdkit.commands.report import make_report as make_report
     from fdkit.commands.segment import segment as segment
@@ -53,6 +55,7 @@ __all__ = [
     "list_teachers",
     "load_teacher",
     "make_report",
+    "pack",
     "pretrain",
     "segment",
 ]

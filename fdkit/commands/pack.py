@@ -82,7 +82,7 @@ def config_class() -> type[Config]:
 def pack(data: str | Path, **fields: Any) -> dict[str, Any]:
     """The numbers of `fdkit pack`; fields are those of its configuration.
 
-    Example: fdkit.commands.pack.pack("photos", output="photos-256")["bytes_after"]
+    Example: fdkit.pack("photos", output="photos-256")["bytes_after"]
     """
     return run(validate(PackConfig, {"data": str(data), **fields}, "fdkit.pack")).numbers
 

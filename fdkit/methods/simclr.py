@@ -149,7 +149,8 @@ def normalised_cross_entropy(first: Tensor, second: Tensor, *, temperature: floa
 def _direction(anchors: Tensor, others: Tensor, same: Tensor, labels: Tensor, temperature: float) -> Contrast:
     """Anchors (B, d) against all views of the other kind (N, d) and of their own, without themselves."""
     cosines = anchors @ torch.cat([others, same]).T  # (B, 2N)
-    itself = F.one_hot(labels + len(others), cosines.shape[1]).bool()
+    columns = torch.arange(cosines.shape[1], device=cosines.device)
+    itself = columns == (labels + len(others))[:, None]  # not one_hot, which reads the labels
     cosines = cosines.masked_fill(itself, -torch.inf)
     loss = F.cross_entropy(cosines / temperature, labels)
     cosines = cosines.detach()
