@@ -19,7 +19,7 @@ from fdkit.config import C, Config, Values, find_recipe, read_yaml, recipe_names
 from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.sources import ImageSource
 from fdkit.data.subset import Subset
-from fdkit.errors import OutputError
+from fdkit.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from fdkit.teachers.teacher import Teacher
@@ -106,7 +106,15 @@ def _over(base: Values, values: Values) -> Values:
 
 
 def default_output(*parts: str) -> Path:
-    """A fresh folder under runs/ named after the parts and the time, such as runs/distill-demo-20261121-213600."""
+    """A fresh folder under runs/ named after the parts and the time, such as runs/distill-demo-20261121-213600.
+
+    Raises ConfigError where torchrun may start the command again, which would then not find its folder.
+    """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ConfigError(
+            "torchrun --max-restarts needs a run folder of a fixed name, to find the run again",
+            "name it: --output runs/NAME",
+        )
     words = [re.sub(r"[^\w.]+", "-", part).strip("-")[:60] for part in parts]
     return Path("runs") / "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
 

@@ -30,7 +30,8 @@ class TrainingCommand(Command):
     """Fields of every command that trains."""
 
     data: str
-    """Images: a folder (its train/ if it has one; labels are not needed), digits, demo, or torchvision:CIFAR10."""
+    """Images: a folder (its train/ if it has one; labels are not needed), tar shards (a folder of them, one .tar, or
+    wds:train-{000..123}.tar), digits, demo, or torchvision:CIFAR10."""
     recipe: str | None = Field(default=None, exclude=True)
     """A YAML file or the name of a shipped recipe; flags win over it."""
     output: Path | None = Field(default=None, exclude=True)
@@ -58,7 +59,7 @@ def run_training(
     """
     device = local_device(config.device)
     with (
-        process_group(device),
+        process_group(device, config.train.timeout_seconds),
         Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
     ):
         source = open_source(config.data, "train")

@@ -80,7 +80,8 @@ class FinetuneConfig(ModelOptions, TrainingCommand):
     model: tyro.conf.Positional[str]
     """A catalog name, timm:NAME, open_clip:ARCH/TAG, hf:ORG/REPO, a checkpoint file, a run folder, or demo."""
     data: str
-    """Labelled images: a folder with train/ and test/ (or val/) of class folders, digits, demo, torchvision:CIFAR10."""
+    """Labelled images: a folder with train/ and test/ (or val/) of class folders or of tar shards, digits, demo,
+    torchvision:CIFAR10."""
     pretrained: bool = True
     """Whether weights are loaded; `--pretrained false` trains the same network from scratch, as a control."""
     test_split: str = "test"
@@ -127,7 +128,7 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
     folder = config.output or default_output("finetune", config.model)
     device = local_device(config.device)
     with (
-        process_group(device),
+        process_group(device, config.train.timeout_seconds),
         Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
     ):
         images = open_images(

@@ -137,7 +137,7 @@ def run(config: SegmentConfig, *, handle_signals: bool = True) -> Outcome:
     folder = config.output or default_output("segment", config.model)
     device = local_device(config.device)
     with (
-        process_group(device) as world,
+        process_group(device, config.train.timeout_seconds) as world,
         Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
     ):
         training, tested = open_segmentation(config.data, ("train", config.split), config)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from training_toys import CONFIG_YAML, final_weights, same_bits, untimed_metrics
 
+from fdkit.commands._command import default_output
+from fdkit.errors import ConfigError
 from fdkit.training.distributed import current_world, launchers
 from fdkit.training.run import Run
 
@@ -93,6 +95,14 @@ def test_only_what_the_same_torchrun_began_goes_on_by_itself(
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     with Run.create(tmp_path / "run", "data: 3\n", overwrite=True) as run:
         assert not run.resumed
+
+
+def test_a_restart_finds_its_folder_or_the_command_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert default_output("distill", "demo").parent == Path("runs")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ConfigError, match="needs a run folder of a fixed name"):
+        default_output("distill", "demo")
 
 
 def test_a_lock_from_a_lost_host_of_the_same_torchrun_is_taken_over(
