@@ -5,7 +5,8 @@ import math
 from typing import Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Module = TypeVar("Module", bound=nn.Module)
 MomentumSchedule = Literal["cosine", "constant"]
@@ -22,7 +23,12 @@ def follow(target: nn.Module, source: nn.Module, momentum: float) -> None:
 
     Parameters only: buffers, such as batch-norm statistics, stay as target's own forward passes leave them.
     """
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
+    torch._foreach_lerp_(_here(target), _here(source), 1 - momentum)
+
+
+def _here(module: nn.Module) -> list[Tensor]:
+    """What lies on this process of a module's parameters: all, or slices of those cut over the processes."""
+    return [one.to_local() if isinstance(one, DTensor) else one for one in module.parameters()]
 
 
 def momentum_at(progress: float, start: float, schedule: MomentumSchedule) -> float:
