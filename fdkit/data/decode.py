@@ -3,6 +3,8 @@
 import contextlib
 import io
 import logging
+import os
+import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,10 +30,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MAX_PIXELS = 89_478_485
 """The largest image decoded: 256 MiB of RGB; Pillow itself warns from here and refuses from twice this."""
+MAX_FILE_BYTES = 2**29
+"""The largest file read: twice the bytes of the largest image's pixels, which no sound file of these formats has."""
 
 Decoder = Literal["auto", "pillow", "torchcodec"]
 
 _asked: ContextVar[Decoder] = ContextVar("decoder", default="auto")
+
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -64,7 +69,7 @@ def decode(file: bytes | str | Path, name: str = "") -> Image.Image:
     Raises BadImage whatever is wrong: an unknown format, more than MAX_PIXELS, truncated or damaged data.
     """
     try:
-        return _decode(file)
+        return _decode(file if isinstance(file, bytes) else bytes_of(file))
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files
@@ -81,15 +86,35 @@ def read_pixels(file: bytes | str | Path, name: str = "") -> Tensor:
     decode_jpeg = None if _asked.get() == "pillow" else _torchcodec()
     if decode_jpeg is not None:
         with contextlib.suppress(OSError, RuntimeError):
+            if not isinstance(file, bytes):
+                name, file = name or printable(str(file)), bytes_of(file)
             # A bytearray, because PyTorch wants memory that could be written to.
-            data = (
-                np.frombuffer(bytearray(file), np.uint8)
-                if isinstance(file, bytes)
-                else np.fromfile(file, dtype=np.uint8)
-            )
+            data = np.frombuffer(bytearray(file), np.uint8)
             if 0 < _jpeg_area(data) <= MAX_PIXELS:
                 return decode_jpeg(torch.from_numpy(data)).permute(1, 2, 0)
     return torch.from_numpy(np.array(decode(file, name)))
+
+
+def bytes_of(path: str | Path) -> bytes:
+    """The content of a regular file.
+
+    A pipe would be waited for, and a device may do anything when it is opened, so what is there is asked first.
+    Raises OSError for a folder, pipe, device or socket, for more than MAX_FILE_BYTES, and where it cannot be read.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise OSError(f"{kind}, not a file")
+    with open(path, "rb", opener=_open_at_once) as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise OSError(f"{status.st_size:,} bytes are more than {MAX_FILE_BYTES:,}")
+    return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opened without waiting, should the file have become a pipe since it was asked for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def has_torchcodec() -> bool:
@@ -126,12 +151,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _decode(file: bytes | str | Path) -> Image.Image:
+def _decode(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         # Damaged metadata leaves the pixels whole; too many pixels are refused here, before they are decoded.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")

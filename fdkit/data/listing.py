@@ -105,7 +105,7 @@ def subfolders(folder: Path) -> list[str]:
 def has_loose_images(folder: Path) -> bool:
     """Whether an image lies directly in a folder."""
     with os.scandir(folder) as entries:
-        return any(_is_image(entry) for entry in entries)
+        return any(_is_image(entry) and not _is_a_folder(entry) for entry in entries)
 
 
 def images_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
@@ -128,11 +128,19 @@ def images_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) 
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".") and not entry.name.lower().endswith(EXTENSIONS)
+    if entry.name.startswith(".") or entry.name.lower().endswith(EXTENSIONS):
+        return False
+    return _is_a_folder(entry)
+
+
+def _is_a_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    # A dangling link counts: it is reported as unreadable rather than passed over in silence.
-    if entry.name.startswith(".") or not entry.name.lower().endswith(EXTENSIONS):
-        return False
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    # Whatever has an image's name counts, a dangling link, a folder or a pipe too: it is reported as unreadable rather
+    # than passed over in silence.
+    return entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")

@@ -138,7 +138,7 @@ def test_float_pixels_are_refused() -> None:
 def test_missing_file_and_folder_name_the_path(tmp_path) -> None:
     with pytest.raises(BadImage, match=r"gone\.jpg \(No such file"):
         decode(tmp_path / "gone.jpg")
-    with pytest.raises(BadImage, match="Is a directory"):
+    with pytest.raises(BadImage, match="a folder, not a file"):
         decode(tmp_path)
 
 

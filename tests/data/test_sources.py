@@ -94,7 +94,13 @@ def test_extensions_hidden_files_and_folders_named_like_images(tmp_path: Path) -
     write(tmp_path / "folder.jpg" / "x.jpg")
     (tmp_path / "j.svg").write_text("<svg/>")
     (tmp_path / "k.eps").write_text("%!PS")
-    assert "".join(path[0] for path in paths(FolderSource(tmp_path))) == "abcdefghi"
+    assert "".join(path[0] for path in paths(FolderSource(tmp_path))) == "abcdeffghi"
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one" / "class" / "1.png")
+    (tmp_path / "one" / "folder.jpg").mkdir()  # no loose image, which would leave all unlabelled
+    source = FolderSource(tmp_path / "one")
+    assert source.classes == ("class",)
+    assert paths(source) == ["class/1.png"]
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
