@@ -16,7 +16,7 @@ from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
-import fdkit.models.fast_beit
+import fdkit.models.fast_beit_attention
 from fdkit.analysis.observe import Attention, observe_attention, observe_pooling, on_map
 from fdkit.errors import ConfigError, NumericsError
 from fdkit.models.any_size import take_any_size
@@ -136,7 +136,7 @@ class Kernel:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.attentions: list[Tensor] = []
-        fused, biased = F.scaled_dot_product_attention, fdkit.models.fast_beit.bias_attention
+        fused, biased = F.scaled_dot_product_attention, fdkit.models.fast_beit_attention.bias_attention
 
         def kernel(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
             assert dropout_p == 0
@@ -144,12 +144,12 @@ class Kernel:
             self.keep(query, key, attn_mask, scale)
             return fused(query, key, value, attn_mask=attn_mask, scale=scale)
 
-        def with_bias(query, key, value, bias):
+        def with_bias(query, key, value, bias, **wanted):
             self.keep(query, key, bias, None)
-            return biased(query, key, value, bias)
+            return biased(query, key, value, bias, **wanted)
 
         monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
-        monkeypatch.setattr(fdkit.models.fast_beit, "bias_attention", with_bias)
+        monkeypatch.setattr(fdkit.models.fast_beit_attention, "bias_attention", with_bias)
 
     def keep(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> None:
         scores = torch.einsum("bhqd,bhkd->bhqk", query.double(), key.double())
