@@ -13,7 +13,8 @@ from fdkit.models.patches import patch_grid, require_maskable
 from fdkit.models.pixel_decoder import PixelDecoder
 from fdkit.teachers.files import read_file
 from fdkit.teachers.official._layout import State, state_in
-from fdkit.teachers.run_checkpoint import MODEL_FILE, checkpoint_at
+from fdkit.teachers.run_checkpoint import checkpoint_at
+from fdkit.teachers.shards import read_group
 from fdkit.teachers.teacher import Teacher
 from fdkit.teachers.weights import check_finite
 
@@ -52,9 +53,9 @@ def load_decoder(teacher: Teacher) -> TrainedDecoder:
     found = None
     checkpoint = checkpoint_at(path)
     if checkpoint is not None:
-        found = _in_run(checkpoint / MODEL_FILE, checkpoint.parent.parent)
+        found = _in_run(read_group(checkpoint, "model"), checkpoint.parent.parent)
     elif (path / HEADS_FILE).is_file():
-        found = _in_run(path / HEADS_FILE, path)
+        found = _in_run(read_file(path / HEADS_FILE), path)
     elif path.is_file():
         found = _in_official_file(path)
     if found is None:
@@ -68,11 +69,10 @@ def load_decoder(teacher: Teacher) -> TrainedDecoder:
     return TrainedDecoder(decoder, *found[2:])
 
 
-def _in_run(heads: Path, folder: Path) -> _Found | None:
-    """The decoder in a file of a method's own tensors, of the run in that folder."""
-    state = read_file(heads)
+def _in_run(tensors: State, folder: Path) -> _Found | None:
+    """The decoder among a method's own tensors, of the run in that folder."""
     state = {
-        key.removeprefix("decoder."): value for key, value in state.items() if key.startswith("decoder.")
+        key.removeprefix("decoder."): value for key, value in tensors.items() if key.startswith("decoder.")
     }
     if "mask_token" not in state:
         return None

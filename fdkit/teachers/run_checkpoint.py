@@ -1,7 +1,8 @@
 """The checkpoints of a run folder, read only: which there are, whether one is whole, and the networks it holds.
 
 A checkpoint is the folder `RUN/checkpoints/step-00000N`, as `fdkit.training.checkpoint` writes it: the tensors of the
-method in model.safetensors, and a manifest with the SHA-256 of every file.
+method in model.safetensors, or in parts that several processes wrote (see `fdkit.teachers.shards`), and a manifest with
+the SHA-256 of every file.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdkit.errors import ConfigError, WeightsError
-from fdkit.teachers.files import read_file
+from fdkit.teachers.shards import group_files, read_group
 
 if TYPE_CHECKING:
     from fdkit.teachers.weights import State
@@ -24,12 +25,13 @@ EXPORTED_FIRST = ("averaged", "teacher", "student")
 the teacher of DINO and EsViT, else what took the gradient steps."""
 _NAMED = re.compile(r"step-\d+(\.corrupt-\d+)?")
 _STEP = re.compile(r"step-(\d{8,})")
+_MODEL_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _NETWORK = re.compile(r"(\w+)\.network\.(.+)")
 
 
 def checkpoint_at(path: Path) -> Path | None:
     """The folder of the checkpoint that a path names, whether it is there or not; None for any other path."""
-    folder = path.parent if path.name == MODEL_FILE else path
+    folder = path.parent if _MODEL_FILES.fullmatch(path.name) else path
     return folder if _NAMED.fullmatch(folder.name) and folder.absolute().parent.name == CHECKPOINTS else None
 
 
@@ -52,18 +54,24 @@ def names_of(run: Path) -> str:
     return ", ".join(names) if names else "none"
 
 
-def damage_of(path: Path, *, required: str = MODEL_FILE, whole: bool = False) -> str | None:
+def weights_file(path: Path) -> Path:
+    """The file whose SHA-256 tells a checkpoint's weights: of a model in parts, the manifest with that of each part."""
+    return path / MODEL_FILE if (path / MODEL_FILE).exists() else path / MANIFEST_FILE
+
+
+def damage_of(path: Path, *, required: str | None = None, whole: bool = False) -> str | None:
     """What is wrong with a checkpoint, in words; None if its file has the SHA-256 that the manifest states.
 
-    required: the file, by default the one that a model is read from. whole: every other file of it, too, such as the
-    optimiser's state.
+    required: the file; None is what a model is read from, which may be several. whole: every other file of it, too,
+    such as the optimiser's state.
     """
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         files: dict[str, dict[str, Any]] = manifest["files"]
-        if manifest["step"] != step_of(path) or required not in files:
+        needed = (required,) if required else group_files(files, "model")
+        if manifest["step"] != step_of(path) or not needed or not set(needed) <= files.keys():
             return f"{MANIFEST_FILE} is of another checkpoint"
-        for name in files if whole else (required,):
+        for name in files if whole else needed:
             size, wanted = (path / name).stat().st_size, files[name]
             if size != wanted["size"]:
                 return f"{name} has {size:,} bytes, not {wanted['size']:,}"
@@ -102,7 +110,7 @@ def network_state(path: Path, key: str | None = None) -> "State":
     Raises ConfigError for one that is not there, WeightsError if there is none at all.
     """
     networks: dict[str, State] = {}
-    for name, value in read_file(path / MODEL_FILE).items():
+    for name, value in read_group(path, "model").items():
         found = _NETWORK.fullmatch(name)
         if found is not None:
             networks.setdefault(found[1], {})[found[2]] = value

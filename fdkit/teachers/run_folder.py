@@ -16,11 +16,11 @@ from fdkit.teachers.official.bias_tables import geometric_bias
 from fdkit.teachers.request import Loaded, Request
 from fdkit.teachers.run_checkpoint import (
     CHECKPOINTS,
-    MODEL_FILE,
     list_checkpoints,
     names_of,
     network_state,
     require_sound,
+    weights_file,
 )
 from fdkit.teachers.weights import State, check_finite
 
@@ -58,7 +58,7 @@ def load_checkpoint(path: Path, request: Request) -> Loaded:
         )
     state = network_state(path, request.checkpoint_key)
     backbone = _build(run, state, request, source=str(path))
-    return _under_terms(backbone, path, run, path / MODEL_FILE)
+    return _under_terms(backbone, path, run, weights_file(path))
 
 
 def _other_models(folder: Path) -> str:

@@ -3,6 +3,10 @@
 A checkpoint is the folder `step-00000N`. It is written beside its place, synced to disk, and renamed, the manifest
 last; so a process killed at any moment leaves the older ones as they were. Reading takes the newest whose hashes
 are right and sets damaged ones aside by name; nothing is ever deleted but the oldest sound ones.
+
+Where tensors lie in slices on several processes, each writes and hashes its own part (`save_parts`), all into the same
+folder, and reading takes the rows that are wanted from whatever parts there are. So any number of processes reads what
+any number wrote. torch's distributed checkpoints (DCP) do as much, and unpickle their metadata.
 """
 
 import errno
@@ -11,19 +15,23 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fdkit.errors import OutputError, ResourceError, WeightsError
+from fdkit.errors import FdkitError, OutputError, ResourceError, WeightsError
 from fdkit.teachers.run_checkpoint import MANIFEST_FILE, damage_of, sha256_now, step_of
+from fdkit.teachers.shards import SHARDS_FILE, Rows, part_name, read_group
+from fdkit.training.distributed import World, gather
 
 log = logging.getLogger("fdkit")
+
+T = TypeVar("T")
 
 STATE_FILE = "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -61,26 +69,126 @@ def save_checkpoint(folder: Path, step: int, content: Checkpoint, *, keep: int, 
     Raises ResourceError if the disk is full and OutputError if it cannot be written; older ones then stay.
     """
     target = step_folder(folder, step)
-    partial = folder / f"{_PARTIAL}{target.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if target.exists() and _damage(target) is None:
+        partial = _begin(folder, target)
+        if partial is None:
             return target
-        if target.exists():
-            _set_aside(target, "it was damaged")
-        _remove_partial(folder)
         _require_space(folder, content)
-        partial.mkdir()
-        _write_files(partial, content)
-        partial.rename(target)
-        _sync(folder)
+        files = _write_groups(partial, {name: f"{name}.safetensors" for name in content.tensors}, content)
+        _finish(partial, target, files, content.state)
     except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(_partial(folder, target), ignore_errors=True)
         raise _explain_write_failure(target, error) from error
+    _prune(folder, keep, keep_also)
+    return target
+
+
+def save_parts(
+    folder: Path,
+    step: int,
+    content: Checkpoint,
+    rows: Mapping[str, Mapping[str, Rows]],
+    world: World,
+    *,
+    keep: int,
+    keep_also: str = "",
+) -> Path:
+    """As `save_checkpoint`, of tensors that lie in slices on all processes, each of which calls this; the path.
+
+    content: what this process holds; rows: by group and name, which rows that is. What is in no slice is written by
+    rank 0. Raises on every process what failed on any, and OutputError if the processes do not share the folder.
+    """
+    target = step_folder(folder, step)
+    partial = _together(world, target, lambda: _begin(folder, target) if world.is_main else None)[0]
+    if partial is None:
+        return target
+
+    def write() -> dict[str, Any]:
+        own = {
+            group: {
+                name: one for name, one in tensors.items() if world.is_main or name in rows.get(group, {})
+            }
+            for group, tensors in content.tensors.items()
+        }
+        _require_space(partial, content._replace(tensors=own))
+        names = {group: part_name(group, world.rank, world.size) for group, tensors in own.items() if tensors}
+        return _write_groups(partial, names, Checkpoint(own, {}))
+
+    parts = _together(world, target, write)
+    edges = gather(
+        {group: {name: one.stop for name, one in cut.items()} for group, cut in rows.items()}, world
+    )
+
+    def finish() -> None:
+        if world.is_main:
+            files = {name: facts for part in parts for name, facts in part.items()}
+            _require_all(partial, files)
+            index = {
+                group: {name: [0, *(edge[group][name] for edge in edges)] for name in rows.get(group, {})}
+                for group in content.tensors
+            }
+            (partial / SHARDS_FILE).write_text(json.dumps(index) + "\n")
+            files |= _facts([partial / SHARDS_FILE])
+            _finish(partial, target, files, content.state)
+            _prune(folder, keep, keep_also)
+
+    _together(world, target, finish)
+    return target
+
+
+def _together(world: World, target: Path, work: Callable[[], T]) -> list[T]:
+    """What some work gives on every process, by rank. Raises on all what failed on one, after cleaning up."""
+    mine: T | None = None
+    failure: FdkitError | None = None
+    try:
+        mine = work()
+    except FdkitError as error:
+        failure = error
+    except (OSError, safetensors.SafetensorError) as error:
+        failure = _explain_write_failure(target, error)
+    answers = gather((mine, failure and (type(failure), failure.message, failure.hint)), world)
+    for number, (_, failed) in enumerate(answers):
+        if failed is not None:
+            if world.is_main:
+                shutil.rmtree(_partial(target.parent, target), ignore_errors=True)
+            kind, message, hint = failed
+            raise kind(f"rank {number}: {message}", hint) from failure
+    return [answer for answer, _ in answers]
+
+
+def _require_all(partial: Path, files: Mapping[str, dict[str, Any]]) -> None:
+    """Raises OutputError unless this process sees what all others wrote."""
+    for name, facts in files.items():
+        path = partial / name
+        if not path.exists() or path.stat().st_size != facts["size"]:
+            raise OutputError(
+                f"{name} was written by another process and is not in {partial}",
+                "put --output on a file system that all hosts share",
+            )
+
+
+def _partial(folder: Path, target: Path) -> Path:
+    return folder / f"{_PARTIAL}{target.name}"
+
+
+def _begin(folder: Path, target: Path) -> Path | None:
+    """An empty folder to write into; None if the checkpoint is there and sound."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        damage = _damage(target)
+        if damage is None:
+            return None
+        _set_aside(target, "it was damaged")
+    _remove_partial(folder)
+    partial = _partial(folder, target)
+    partial.mkdir()
+    return partial
+
+
+def _prune(folder: Path, keep: int, keep_also: str) -> None:
     for old in list_steps(folder)[max(1, keep) :]:
         if str(old) != keep_also:
             shutil.rmtree(old)
-    return target
 
 
 def newest_sound(folder: Path) -> Path | None:
@@ -104,9 +212,13 @@ def newest_sound(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """The content of a sound checkpoint. Raises WeightsError naming a tensor of the model that holds NaN."""
-    tensors = {file.stem: safetensors.torch.load_file(file) for file in sorted(path.glob("*.safetensors"))}
+def load_checkpoint(path: Path, rows: Mapping[str, Mapping[str, Rows]] | None = None) -> Checkpoint:
+    """The content of a sound checkpoint. Raises WeightsError naming a tensor of the model that holds NaN.
+
+    rows: by group and name, the rows that are wanted of tensors, instead of all.
+    """
+    groups = {file.name.partition(".")[0].partition("-0")[0] for file in path.glob("*.safetensors")}
+    tensors = {group: read_group(path, group, (rows or {}).get(group)) for group in sorted(groups)}
     for name, value in tensors.get("model", {}).items():
         if value.is_floating_point() and value.isnan().any():
             raise WeightsError(
@@ -125,28 +237,38 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _write_files(partial: Path, content: Checkpoint) -> None:
-    for name, tensors in content.tensors.items():
-        file = partial / f"{name}.safetensors"
+def _write_groups(partial: Path, names: Mapping[str, str], content: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Write groups of tensors to files of these names; what the manifest says of them."""
+    for group, name in names.items():
+        file = partial / name
         file.touch()
         mode = file.stat().st_mode  # save_file's own file would be readable by its owner only
-        safetensors.torch.save_file(_separate(tensors), file)
+        safetensors.torch.save_file(_separate(content.tensors[group]), file)
         file.chmod(mode)
-    (partial / STATE_FILE).write_text(json.dumps(content.state, indent=2) + "\n")
-    files = sorted(partial.iterdir())
-    with ThreadPoolExecutor(len(files)) as pool:
+    return _facts([partial / name for name in names.values()])
+
+
+def _facts(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Hash and size of files, which are on the disk by now."""
+    with ThreadPoolExecutor(max(1, len(files))) as pool:
         hashes = list(pool.map(sha256_now, files))
     for file in files:
         _sync(file)
-    manifest = {
-        "step": step_of(Path(partial.name.removeprefix(_PARTIAL))),
-        "files": {
-            file.name: {"sha256": sha256, "size": file.stat().st_size}
-            for file, sha256 in zip(files, hashes, strict=True)
-        },
+    return {
+        file.name: {"sha256": sha256, "size": file.stat().st_size}
+        for file, sha256 in zip(files, hashes, strict=True)
     }
+
+
+def _finish(partial: Path, target: Path, files: dict[str, dict[str, Any]], state: dict[str, Any]) -> None:
+    """Write what is left, the manifest last, and give the folder its name."""
+    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+    files = files | _facts([partial / STATE_FILE])
+    manifest = {"step": step_of(target), "files": dict(sorted(files.items()))}
     write_whole(partial / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     _sync(partial)
+    partial.rename(target)
+    _sync(target.parent)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

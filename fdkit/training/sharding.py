@@ -13,7 +13,7 @@ Source: Zhao et al. 2023 (PyTorch FSDP, arXiv 2304.11277); torch.distributed.fsd
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 from fdkit.models.backbone import Backbone
+from fdkit.teachers.shards import Rows
 from fdkit.training.compiling import repeated_blocks
 from fdkit.training.distributed import World
 from fdkit.training.parts import teachers_of
@@ -35,15 +36,6 @@ SHARE_OF_MEMORY = 0.25
 """Weights, gradients and optimiser's state together may take this share of a device before they are cut."""
 BY_ELEMENT = (torch.optim.AdamW, torch.optim.SGD)
 """Optimisers that treat every number by itself, so that a slice is updated as the whole would be."""
-
-
-class Rows(NamedTuple):
-    """Which rows of a tensor lie on a process: start to stop of its first dimension."""
-
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
 
 
 class Shards:
@@ -197,7 +189,7 @@ def rows_of(parameter: DTensor, world: World) -> Rows:
 
 
 def is_too_large(method: Method, device: torch.device) -> bool:
-    """Whether training state of a method takes more than SHARE_OF_MEMORY of a CUDA device: 16 bytes a trained number."""
+    """Whether training takes more than SHARE_OF_MEMORY of a CUDA device, counted as 16 bytes a trained number."""
     if device.type != "cuda":
         return False
     needed = sum((16 if one.requires_grad else 4) * one.numel() for one in method.parameters())

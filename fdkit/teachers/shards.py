@@ -1,0 +1,93 @@
+"""Named tensors of a checkpoint, whole or by rows, whether they lie in one file or in a part a process.
+
+A group of tensors, such as "model", is one file GROUP.safetensors, or parts GROUP-0000I-of-0000N.safetensors with
+shards.json, which says which rows of each cut tensor each part holds; what is not cut is in the first part. The format
+is this project's own: torch's distributed checkpoints keep that in a pickle, which is code to whoever reads it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import torch
+from torch import Tensor
+
+from fdkit.errors import WeightsError
+
+SHARDS_FILE = "shards.json"
+
+
+class Rows(NamedTuple):
+    """Which rows of a tensor are meant: start to stop of its first dimension."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+
+def part_name(group: str, number: int, count: int) -> str:
+    """The file of one part of a group; number counts from 0."""
+    return f"{group}-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def group_files(names: Iterable[str], group: str) -> list[str]:
+    """Those of a checkpoint's files that hold a group, and what says how they go together; [] if it has none."""
+    known = sorted(names)
+    if f"{group}.safetensors" in known:
+        return [f"{group}.safetensors"]
+    parts = [name for name in known if name.startswith(f"{group}-0") and name.endswith(".safetensors")]
+    return [*parts, SHARDS_FILE] if parts else []
+
+
+def read_group(path: Path, group: str, wanted: Mapping[str, Rows] | None = None) -> dict[str, Tensor]:
+    """The tensors of a group in a sound checkpoint; of those named in `wanted` these rows alone, else all.
+
+    Raises WeightsError for a tensor of another shape than wanted, and for a group that is not there.
+    """
+    wanted = wanted or {}
+    files = group_files((file.name for file in path.iterdir()), group)
+    if not files:
+        raise WeightsError(f"the checkpoint {path} holds no {group}")
+    cuts: dict[str, list[int]] = {}
+    if files[-1] == SHARDS_FILE:
+        cuts = json.loads((path / SHARDS_FILE).read_text(encoding="utf-8"))[group]
+        files = files[:-1]
+    tensors: dict[str, list[Tensor]] = {}
+    for number, name in enumerate(files):
+        with safetensors.safe_open(path / name, "pt") as file:  # type: ignore[no-untyped-call]
+            for key in file.keys():  # noqa: SIM118  # which is no dictionary
+                first = cuts[key][number] if key in cuts else 0
+                piece = _rows(file.get_slice(key), first, wanted.get(key))
+                tensors.setdefault(key, []).append(file.get_tensor(key) if piece is None else piece)
+    joined = {key: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for key, pieces in tensors.items()}
+    for key, rows in wanted.items():
+        shape = (rows.stop - rows.start, *rows.shape[1:])
+        if (
+            key not in joined
+            or joined[key].shape != shape
+            or _height(cuts, key, path, files) != rows.shape[0]
+        ):
+            found = "nothing" if key not in joined else str(tuple(joined[key].shape))
+            raise WeightsError(f"{path}: rows {rows.start} to {rows.stop} of {key} are {found}, not {shape}")
+    return joined
+
+
+def _height(cuts: Mapping[str, list[int]], key: str, path: Path, files: list[str]) -> int:
+    """Rows of the whole tensor."""
+    if key in cuts:
+        return cuts[key][-1]
+    with safetensors.safe_open(path / files[0], "pt") as file:  # type: ignore[no-untyped-call]
+        return int(file.get_slice(key).get_shape()[0])
+
+
+def _rows(part: "safetensors.PySafeSlice", first: int, rows: Rows | None) -> Tensor | None:  # type: ignore[name-defined]
+    """The wanted rows of a part that begins at row `first` of the whole; None for all of it."""
+    if rows is None:
+        return None
+    height = int(part.get_shape()[0])
+    start, stop = (min(max(row - first, 0), height) for row in (rows.start, rows.stop))
+    piece: Tensor = part[start:stop]
+    return piece
