@@ -24,7 +24,9 @@ log = logging.getLogger("fdkit")
 COMMANDS = ("distill", "pretrain", "finetune", "segment")
 """Commands that train."""
 WITHOUT_VALUES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
-"""What weights are made with; small tensors that networks look into, such as ranges, have their values."""
+"""What weights are made with."""
+SMALL = 1 << 16
+"""Numbers in a tensor below which it has its values: networks look into some, and join them with others."""
 
 
 def blueprint(command: str, config: Any, *, num_classes: int) -> Method:
@@ -33,22 +35,21 @@ def blueprint(command: str, config: Any, *, num_classes: int) -> Method:
     num_classes: of the data, for commands that need them. Raises what building the method raises, and WeightsError for
     a model whose network is known only from a file that is not on this machine.
     """
-    with _quiet():
-        with _downloading_nothing():
-            if command == "distill":
-                return _distillation(config)
-            if command == "pretrain":
-                network = config.network.model_copy(update={"init": None})
-                with _WithoutValues():
-                    return pretrain.build_method(config.model_copy(update={"network": network}))
-            model = unloaded(config, config.model)
+    with _quiet(), _downloading_nothing():
+        if command == "distill":
+            return _distillation(config)
+        if command == "pretrain":
+            network = config.network.model_copy(update={"init": None})
             with _WithoutValues():
-                if command == "finetune":
-                    classes = tuple(str(number) for number in range(num_classes))
-                    return finetune.build_method(
-                        config.model_copy(update={"pretrained": False}), model, classes
-                    )
-                return segment.build_method(config, model, num_classes=num_classes)
+                return pretrain.build_method(config.model_copy(update={"network": network}))
+        model = unloaded(config, config.model)
+        with _WithoutValues():
+            if command == "finetune":
+                classes = tuple(str(number) for number in range(num_classes))
+                return finetune.build_method(
+                    config.model_copy(update={"pretrained": False}), model, classes
+                )
+            return segment.build_method(config, model, num_classes=num_classes)
 
 
 def _distillation(config: distill.DistillConfig) -> Method:
@@ -92,7 +93,9 @@ class _WithoutValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in WITHOUT_VALUES and kwargs.get("device") is None:
-            kwargs = kwargs | {"device": "meta"}
+            shape = func(*args, **kwargs | {"device": "meta"})
+            if shape.numel() >= SMALL:
+                return shape
         return func(*args, **kwargs)
 
 

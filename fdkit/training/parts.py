@@ -45,9 +45,7 @@ def heads_of(method: Method) -> list[nn.Module]:
 
 
 @contextmanager
-def watched(
-    method: Method, enter: Callable[[Part], None], leave: Callable[[Part], None]
-) -> Iterator[None]:
+def watched(method: Method, enter: Callable[[Part], None], leave: Callable[[Part], None]) -> Iterator[None]:
     """Have `enter` and `leave` called around every part of the method's forward pass, the outermost part alone."""
     depth = 0
 

@@ -7,8 +7,7 @@ loss is counted as it stands, a large one in seconds. Nothing is computed, downl
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fdkit.data.segmentation_views import SegmentationCrop
 from fdkit.methods._method import Duration, Method
 from fdkit.models import attention
 from fdkit.training.activations import checkpoint_activations
@@ -40,7 +40,7 @@ class Trace(NamedTuple):
     """Floating-point operations an image, a multiplication and an addition being two: of each part's forward pass,
     and "backward" for all of them. Stochastic depth counts as if it dropped nothing."""
     traffic: float
-    """Bytes an image read and written by operations that are no matrix products, each for itself, without a compiler."""
+    """Bytes an image read and written by operations that are no matrix products, each for itself: uncompiled."""
     num_operations: int
     """Operations of the step that start work on the device, without the optimiser's."""
     peak_bytes: int
@@ -58,12 +58,14 @@ def trace_step(
     batch_size: int,
     precision: Literal["fp32", "bf16"],
     on_gpu: bool,
+    duration: Duration | None = None,
     activation_checkpointing: bool = False,
 ) -> Trace:
     """Forward and backward of a batch of one process, without computing.
 
     The method may be on any device, also on "meta", and stays as it is. on_gpu: attention takes the way it takes there,
-    fused, rather than a CPU's. Raises what the method raises for a batch it cannot use.
+    fused, rather than a CPU's. duration: of the run, with this batch_size as its part_size.
+    Raises what the method raises for a batch it cannot use.
     """
     views = _view_shapes(method)
     twin, mode = _twin(method)
@@ -73,7 +75,8 @@ def trace_step(
         if isinstance(part, DropPath):
             part.drop_prob = 0.0
     twin.train()
-    twin.begin(Duration(num_steps=100, steps_per_epoch=10, batch_size=batch_size, part_size=batch_size))
+    sizes = {"batch_size": batch_size * (duration or Duration()).world_size, "part_size": batch_size}
+    twin.begin((duration or Duration())._replace(**sizes))
     counter = _Counter()
     with ExitStack() as stack:
         stack.enter_context(mode)
@@ -85,9 +88,9 @@ def trace_step(
             stack.enter_context(patch.object(attention, "attention_path", lambda *_, **__: "sdpa"))
             stack.enter_context(_FusedAttention(counter))
         stack.enter_context(counter)
-        with watched(twin, counter.enter, counter.leave):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss = twin(batch, 0.5, *labels)["loss"]
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with watched(twin, counter.enter, counter.leave), autocast:
+            loss = twin(batch, 0.5, *labels)["loss"]
         counter.enter("backward")
         loss.backward()
     flops = {name: counter.flops[name] / batch_size for name in (*PARTS, "backward")}
@@ -98,7 +101,8 @@ def trace_step(
 
 def _view_shapes(method: Method) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
     """Of each view of a batch: rows an image, the shape of a row, and the dtype."""
-    picture = torch.zeros(*PICTURE, 3, dtype=torch.uint8)
+    has_mask = isinstance(method.views, SegmentationCrop)
+    picture = torch.zeros(*PICTURE, 4 if has_mask else 3, dtype=torch.uint8)
     generator = np.random.Generator(np.random.Philox(0))
     samples = [method.views(picture, generator) for _ in range(2)]
     crops = [torch.stack(list(view)) for view in zip(*(one.crops for one in samples), strict=True)]
@@ -120,6 +124,18 @@ def _twin(method: Method) -> tuple[Method, FakeTensorMode]:
             for buffer in module.buffers(recurse=False):
                 memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     return copy.deepcopy(method, memo), mode
+
+
+def _some_number(tensor: Tensor) -> float | int | bool:
+    """What code reads that looks into a tensor without values, such as the share of a mixture."""
+    return 0.5 if tensor.is_floating_point() else True if tensor.dtype == torch.bool else 1
+
+
+_LOOKED_AT = {
+    torch.ops.aten._local_scalar_dense.default: _some_number,
+    torch.ops.aten.allclose.default: lambda tensor: True,
+    torch.ops.aten.equal.default: lambda tensor: True,
+}
 
 
 class _Counter(TorchDispatchMode):
@@ -145,7 +161,11 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _LOOKED_AT:
+            return _LOOKED_AT[func](args[0])
         out = func(*args, **kwargs)
+        if func.namespace == "prim":  # asking a tensor for its device
+            return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in outputs:
