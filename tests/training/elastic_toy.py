@@ -37,7 +37,7 @@ class Dying(ToyMethod):
 def main(folder: Path, how: str) -> None:
     """Train to the end, as a command would."""
     torch.set_num_threads(1)
-    watch.PULSE_SECONDS = 0.3
+    watch.PULSE_SECONDS, watch.SILENT_SECONDS = 0.3, 10.0
     resume, overwrite = how == "resume", how == "overwrite"
     pause = float(os.environ.get("PAUSE_SECONDS", "0"))
     with (
