@@ -89,6 +89,12 @@ class DistillConfig(ModelOptions, TrainingCommand):
         if "" in names:
             raise ConfigError(f"teacher {self.teacher!r}: a name is missing between its commas")
         check_targets(self.distillation, names)
+        if self.teacher_precision == "fp8" and self.teacher_cache.folder is not None:
+            raise ConfigError(
+                "teacher_precision fp8 and teacher_cache do not go together: a cached teacher runs once for each crop, "
+                "and what it says is kept",
+                "use --teacher-precision bf16 with the cache",
+            )
         wrong = [option for option in OF_ONE_FILE if getattr(self, option) is not None]
         if len(names) > 1 and wrong:
             raise ConfigError(

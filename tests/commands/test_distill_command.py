@@ -290,6 +290,8 @@ def test_a_teacher_in_float8_needs_a_device_that_computes_in_it(
     monkeypatch.setattr(low_precision, "find_spec", lambda name: True)
     with pytest.raises(ResourceError, match="cpu does not multiply in float8"):
         distill(**TINY, teacher_precision="fp8", device="cpu", output=tmp_path / "run")
+    with pytest.raises(ConfigError, match="fp8 and teacher_cache do not go together"):
+        distill(**TINY, teacher_precision="fp8", teacher_cache="auto", output=tmp_path / "run")
     seen: list[int] = []
 
     def admit(teacher: Any, images: torch.Tensor) -> dict[str, Any]:
