@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from fdkit.commands._command import default_output
 from fdkit.errors import ConfigError
 from fdkit.training.distributed import current_world, launchers
 from fdkit.training.run import Run
+from fdkit.training.stop import ECHO_SECONDS, StopRequest
 
 TOY = Path(__file__).with_name("elastic_toy.py")
 
@@ -103,6 +105,19 @@ def test_a_restart_finds_its_folder_or_the_command_is_refused(monkeypatch: pytes
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ConfigError, match="needs a run folder of a fixed name"):
         default_output("distill", "demo")
+
+
+def test_a_signal_that_torchrun_passes_on_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopRequest().catch() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop.signal_name, ended) == ("SIGINT", [])
+        stop._since -= ECHO_SECONDS
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [128 + signal.SIGTERM]
 
 
 def test_a_lock_from_a_lost_host_of_the_same_torchrun_is_taken_over(
