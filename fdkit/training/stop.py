@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
-
 ECHO_SECONDS = 5.0
 """Under torchrun, which passes on what Ctrl-C or a scheduler sent to all processes, a signal comes twice."""
 
