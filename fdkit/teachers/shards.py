@@ -8,7 +8,7 @@ is this project's own: torch's distributed checkpoints keep that in a pickle, wh
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -43,7 +43,7 @@ def group_files(names: Iterable[str], group: str) -> list[str]:
 
 
 def read_group(path: Path, group: str, wanted: Mapping[str, Rows] | None = None) -> dict[str, Tensor]:
-    """The tensors of a group in a sound checkpoint; of those named in `wanted` these rows alone, else all.
+    """The tensors of a group in a sound checkpoint; of those that `wanted` names too these rows alone, else all.
 
     Raises WeightsError for a tensor of another shape than wanted, and for a group that is not there.
     """
@@ -57,21 +57,19 @@ def read_group(path: Path, group: str, wanted: Mapping[str, Rows] | None = None)
         files = files[:-1]
     tensors: dict[str, list[Tensor]] = {}
     for number, name in enumerate(files):
-        with safetensors.safe_open(path / name, "pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(path / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118  # which is no dictionary
                 first = cuts[key][number] if key in cuts else 0
                 piece = _rows(file.get_slice(key), first, wanted.get(key))
                 tensors.setdefault(key, []).append(file.get_tensor(key) if piece is None else piece)
     joined = {key: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for key, pieces in tensors.items()}
-    for key, rows in wanted.items():
-        shape = (rows.stop - rows.start, *rows.shape[1:])
-        if (
-            key not in joined
-            or joined[key].shape != shape
-            or _height(cuts, key, path, files) != rows.shape[0]
-        ):
-            found = "nothing" if key not in joined else str(tuple(joined[key].shape))
-            raise WeightsError(f"{path}: rows {rows.start} to {rows.stop} of {key} are {found}, not {shape}")
+    for key in wanted.keys() & joined.keys():
+        rows, height = wanted[key], _height(cuts, key, path, files)
+        if (height, *joined[key].shape[1:]) != rows.shape:
+            raise WeightsError(
+                f"{path}: {key} is {(height, *joined[key].shape[1:])}, the run trains one of {rows.shape}",
+                "resume with the configuration that the checkpoint was written with",
+            )
     return joined
 
 
@@ -79,11 +77,11 @@ def _height(cuts: Mapping[str, list[int]], key: str, path: Path, files: list[str
     """Rows of the whole tensor."""
     if key in cuts:
         return cuts[key][-1]
-    with safetensors.safe_open(path / files[0], "pt") as file:  # type: ignore[no-untyped-call]
+    with safetensors.safe_open(path / files[0], "pt") as file:
         return int(file.get_slice(key).get_shape()[0])
 
 
-def _rows(part: "safetensors.PySafeSlice", first: int, rows: Rows | None) -> Tensor | None:  # type: ignore[name-defined]
+def _rows(part: Any, first: int, rows: Rows | None) -> Tensor | None:
     """The wanted rows of a part that begins at row `first` of the whole; None for all of it."""
     if rows is None:
         return None

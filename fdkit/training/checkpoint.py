@@ -99,6 +99,10 @@ def save_parts(
     rank 0. Raises on every process what failed on any, and OutputError if the processes do not share the folder.
     """
     target = step_folder(folder, step)
+    rows = {
+        group: {name: one for name, one in rows.get(group, {}).items() if name in tensors}
+        for group, tensors in content.tensors.items()
+    }
     partial = _together(world, target, lambda: _begin(folder, target) if world.is_main else None)[0]
     if partial is None:
         return target
@@ -124,8 +128,8 @@ def save_parts(
             files = {name: facts for part in parts for name, facts in part.items()}
             _require_all(partial, files)
             index = {
-                group: {name: [0, *(edge[group][name] for edge in edges)] for name in rows.get(group, {})}
-                for group in content.tensors
+                group: {name: [0, *(edge[group][name] for edge in edges)] for name in cut}
+                for group, cut in rows.items()
             }
             (partial / SHARDS_FILE).write_text(json.dumps(index) + "\n")
             files |= _facts([partial / SHARDS_FILE])
@@ -138,22 +142,23 @@ def save_parts(
 
 def _together(world: World, target: Path, work: Callable[[], T]) -> list[T]:
     """What some work gives on every process, by rank. Raises on all what failed on one, after cleaning up."""
-    mine: T | None = None
-    failure: FdkitError | None = None
+    done: list[T] = []
+    failed: tuple[type[FdkitError], str, str] | None = None
     try:
-        mine = work()
+        done.append(work())
     except FdkitError as error:
-        failure = error
+        failed = (type(error), error.message, error.hint)
     except (OSError, safetensors.SafetensorError) as error:
-        failure = _explain_write_failure(target, error)
-    answers = gather((mine, failure and (type(failure), failure.message, failure.hint)), world)
-    for number, (_, failed) in enumerate(answers):
-        if failed is not None:
+        explained = _explain_write_failure(target, error)
+        failed = (type(explained), explained.message, explained.hint)
+    answers = gather((done, failed), world)
+    for number, (_, failure) in enumerate(answers):
+        if failure is not None:
             if world.is_main:
                 shutil.rmtree(_partial(target.parent, target), ignore_errors=True)
-            kind, message, hint = failed
-            raise kind(f"rank {number}: {message}", hint) from failure
-    return [answer for answer, _ in answers]
+            kind, message, hint = failure
+            raise kind(f"rank {number}: {message}", hint)
+    return [answer for answers_of_rank, _ in answers for answer in answers_of_rank]
 
 
 def _require_all(partial: Path, files: Mapping[str, dict[str, Any]]) -> None:

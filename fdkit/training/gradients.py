@@ -1,5 +1,7 @@
 """Gradients between the backward pass and the update."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,11 @@ def first_matrix(network: nn.Module) -> nn.Parameter | None:
     return next(matrices, None)
 
 
-def clip_each(gradients: list[Tensor], max_norm: float) -> None:
-    """Scale each gradient down to a norm of max_norm, in place. Source: facebookresearch/dino, utils.py."""
-    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
+def clip_each(gradients: list[Tensor], max_norm: float, norms: Sequence[Tensor] | None = None) -> None:
+    """Scale each gradient down to a norm of max_norm, in place. Source: facebookresearch/dino, utils.py.
+
+    norms: of the gradients, where they are more than what is given here, as of slices.
+    """
+    norms = torch._foreach_norm(gradients) if norms is None else norms
+    factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
     torch._foreach_mul_(gradients, factors)

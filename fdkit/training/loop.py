@@ -9,30 +9,23 @@ number of threads.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from fdkit.data.loader import BadImages, Batch, LoaderConfig, readers_of, training_batches
 from fdkit.data.reading import ReadingCosts, waiting_advice
 from fdkit.data.sources import ImageSource
-from fdkit.errors import ConfigError, NumericsError, PreemptedError, WeightsError
+from fdkit.errors import NumericsError, PreemptedError
 from fdkit.methods._method import Duration, Method
 from fdkit.models.libraries import save_recipe
 from fdkit.models.vit import patch_projection
 from fdkit.teachers.run_checkpoint import step_of
 from fdkit.training.activations import cache_batch, checkpoint_activations
-from fdkit.training.checkpoint import (
-    Checkpoint,
-    list_steps,
-    load_checkpoint,
-    newest_sound,
-    save_checkpoint,
-)
+from fdkit.training.checkpoint import list_steps
 from fdkit.training.compiling import compilation_facts, forget_compilations, warn_of_compilation
 from fdkit.training.distributed import (
     World,
@@ -45,26 +38,16 @@ from fdkit.training.distributed import (
 )
 from fdkit.training.export import export_student
 from fdkit.training.failures import explained_failures, not_finite
-from fdkit.training.generators import (
-    get_generators,
-    seed_generators,
-    set_generators,
-    undisturbed_generators,
-)
+from fdkit.training.generators import seed_generators, undisturbed_generators
 from fdkit.training.gradients import clip_each, first_matrix
 from fdkit.training.health import Health
-from fdkit.training.optimizer import (
-    OptimizerConfig,
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    trained_parameters,
-)
+from fdkit.training.optimizer import OptimizerConfig, build_optimizer, trained_parameters
 from fdkit.training.parallel import parallel
 from fdkit.training.plan import Plan, TrainConfig, describe_plan, make_plan
 from fdkit.training.progress import Clock, Progress
 from fdkit.training.run import Run
 from fdkit.training.schedule import half_cosine
+from fdkit.training.state import TrainingState
 from fdkit.training.stop import StopRequest
 from fdkit.training.votes import Verdict, Votes, Window
 
@@ -120,7 +103,8 @@ def train(
         if run.writes:
             save_recipe(method.exported, run.folder)  # so that checkpoints can be looked at before the end
         trainer.run_steps(loader, monitors, stop)
-        export_student(method, run)
+        with trainer.whole() as whole:
+            export_student(whole, run)
 
 
 class Trainer:
@@ -173,19 +157,32 @@ class Trainer:
                 world_size=world.size,
             )
         )
-        self.optimizer = build_optimizer(method, optim)
-        self.parameters = trained_parameters(self.optimizer)
-        self.first_layer = first_matrix(method.student.network)
         projection = patch_projection(method.student.network)
         self.health = Health(
             plan.steps_per_epoch, can_freeze=projection is not None and projection.weight.requires_grad
         )
+        forget_compilations()
+        self.parallel = parallel(
+            method,
+            world,
+            device,
+            compile=train.compile,
+            wanted=train.parallel,
+            is_bf16=plan.precision == "bf16",
+        )
+        self.optimizer = build_optimizer(method, optim)
+        self.shards = self.parallel.shards
+        self.first_layer = first_matrix(method.student.network)
+        if self.shards is not None:
+            self.shards.take_over(self.optimizer)
+            self.first_layer = self.shards.slice_of(self.first_layer)
+        self.parameters = trained_parameters(self.optimizer)
         refuses_bad = device.type == "cuda" and isinstance(
             self.optimizer, (torch.optim.AdamW, torch.optim.SGD)
         )
         self.votes = Votes(world, device, lag=1 if refuses_bad else 0)
-        forget_compilations()
-        self.module = parallel(method, world, device, compile=train.compile)
+        self.state = TrainingState(method, self.optimizer, self.shards, world, device)
+        run.update(parallel=self.parallel.kind)
         self.told_of_compilation = not train.compile
         self._last_save = time.monotonic()
 
@@ -198,6 +195,8 @@ class Trainer:
         labels = batch.labels.to(self.device, non_blocking=True) if self.method.needs_labels else None
         metrics = self.backward(self.views(batch), progress, labels)
         self.method.before_step(progress)
+        if self.shards is not None:
+            self.shards.take_gradients()
         metrics |= self.clip()
         bad = ~(metrics["loss"] + metrics["grad_norm"]).isfinite()
         bad = self.votes.cast(
@@ -238,15 +237,9 @@ class Trainer:
         means: dict[str, Tensor] = {}
         labelled = [()] * num_parts if labels is None else [(part,) for part in labels.chunk(num_parts)]
         for part, micro in enumerate(zip(*(view.chunk(num_parts) for view in views), strict=True)):
-            more = part + 1 < num_parts
-            alone = (
-                self.module.no_sync
-                if more and isinstance(self.module, DistributedDataParallel)
-                else nullcontext
-            )
-            with alone():
+            with self.parallel.adding_up(part + 1 == num_parts):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
-                    scalars = self.module(list(micro), progress, *labelled[part])
+                    scalars = self.parallel.module(list(micro), progress, *labelled[part])
                 (scalars["loss"] / num_parts).backward()
             for name, value in scalars.items():
                 value = value.detach().float() / num_parts
@@ -255,13 +248,19 @@ class Trainer:
 
     def clip(self) -> dict[str, Tensor]:
         """Scale gradients down to the largest norm allowed; norms before: of all, its maximum, the first layer's."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norms = {"grad_norm": nn.utils.get_total_norm(gradients)}
+        with_gradient = [parameter for parameter in self.parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+        if self.shards is None:
+            each = list(torch._foreach_norm(gradients))
+        else:
+            each = list(self.shards.gradient_norms(with_gradient).unbind())
+        norms = {"grad_norm": torch.linalg.vector_norm(torch.stack(each))}
         norms["grad_norm_max"] = norms["grad_norm"]
-        if self.first_layer is not None and self.first_layer.grad is not None:
-            norms["first_layer_grad_norm_max"] = self.first_layer.grad.norm()
+        for parameter, norm in zip(with_gradient, each, strict=True):
+            if parameter is self.first_layer:
+                norms["first_layer_grad_norm_max"] = norm
         if self.optim.clip_grad is not None and self.optim.clip_each_parameter:
-            clip_each(gradients, self.optim.clip_grad)
+            clip_each(gradients, self.optim.clip_grad, each)
         elif self.optim.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_grad, norms["grad_norm"])
         return norms
@@ -370,9 +369,10 @@ class Trainer:
         mark(self.step, "measuring" if self.world.is_main else "waiting for rank 0")
         start = time.perf_counter()
         found: dict[str, float] = {}
-        if self.world.is_main:
-            with undisturbed_generators(self.device):
-                found = monitor(self.method, self.step)
+        with self.whole() as whole:
+            if self.world.is_main:
+                with undisturbed_generators(self.device):
+                    found = monitor(whole, self.step)
         self.method.train()
         found = broadcast(found, self.world)  # so that all processes stop at the same step
         if found and self.world.is_main:
@@ -404,68 +404,46 @@ class Trainer:
         mark(self.step, "saving" if self.world.is_main else "waiting for rank 0")
         start = time.perf_counter()
         windows = gather(self.window.numbers(), self.world)
-        generators = gather(get_generators(self.device), self.world)
-        if self.world.is_main:
-            self.run.sync_metrics()
-            tensors = {
-                "model": self.method.state_dict(),
-                "optimizer": optimizer_tensors(self.optimizer),
-                "generators": {
-                    f"rank{rank}.{name}": value
-                    for rank, states in enumerate(generators)
-                    for name, value in states.items()
-                },
-            }
-            state = {
-                "step": self.step,
-                "seed": self.seed,
-                "data": self.source.fingerprint,
-                "windows": windows,
-                "health": self.health.state(),
-            }
-            save_checkpoint(
-                self.run.checkpoints,
-                self.step,
-                Checkpoint(tensors, state),
-                keep=self.config.keep_checkpoints,
-                keep_also=self.last_good_checkpoint(),
-            )
-            self.run.update(step=self.step)
+        state = {
+            "step": self.step,
+            "seed": self.seed,
+            "data": self.source.fingerprint,
+            "windows": windows,
+            "health": self.health.state(),
+        }
+        self.state.save(
+            self.run,
+            self.step,
+            state,
+            keep=self.config.keep_checkpoints,
+            keep_also=self.last_good_checkpoint(),
+        )
+        self.run.update(step=self.step)
         wait_for_all(self.world)
         self.clock.exclude(time.perf_counter() - start)
         self._last_save = time.monotonic()
 
     def restore(self) -> None:
         """Continue from the run's newest sound checkpoint, or seed a new start."""
-        newest = newest_sound(self.run.checkpoints) if self.world.is_main and self.run.resumed else None
-        path = broadcast(newest, self.world)
         seed_generators(self.seed, self.world.rank)
-        if path is not None:
-            self._load(load_checkpoint(path), origin=str(path))
-            log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, path.name)
+        found = self.state.restore(self.run, seed=self.seed, data=self.source.fingerprint)
+        if found is not None:
+            state, name = found
+            self.step = state["step"]
+            self.health.load(state["health"])
+            if len(state["windows"]) == self.world.size:
+                self.window.load(state["windows"][self.world.rank], self.device)
+            log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, name)
         self.run.forget_metrics_after(self.step)
 
-    def _load(self, checkpoint: Checkpoint, *, origin: str) -> None:
-        tensors, state = checkpoint
-        if (state["seed"], state["data"]) != (self.seed, self.source.fingerprint):
-            raise ConfigError(f"{origin}: written with another seed or other images than this run's")
-        try:
-            self.method.load_state_dict(tensors["model"])
-        except RuntimeError as error:
-            raise WeightsError(f"{origin}: does not fit this method: {error}") from error
-        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-        self.step = state["step"]
-        self.health.load(state["health"])
-        if len(state["windows"]) != self.world.size:
-            counts = (len(state["windows"]), self.world.size)
-            log.info("saved by %d processes, resumed by %d: the same images, not the same bits", *counts)
-            return
-        self.window.load(state["windows"][self.world.rank], self.device)
-        prefix = f"rank{self.world.rank}."
-        saved = tensors["generators"].items()
-        set_generators(
-            {name.removeprefix(prefix): t for name, t in saved if name.startswith(prefix)}, self.device
-        )
+    @contextmanager
+    def whole(self) -> Iterator[Method]:
+        """The method with all its weights, on rank 0, to be read; every process takes part."""
+        if self.shards is None:
+            yield self.method
+        else:
+            with self.shards.whole() as whole:
+                yield whole
 
     def not_finite(self, verdict: Verdict, metrics: dict[str, Tensor]) -> NumericsError:
         """What to raise for a bad step, after writing what is needed to look into it; all processes call this."""

@@ -33,6 +33,9 @@ class TrainConfig(Config):
     """With accumulate: the network alone takes the batch in parts, twice; heads, gather and loss see all of it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks; auto: bf16 where the hardware computes in it, else fp32. Weights stay fp32."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes hold the networks they train: each all of them (ddp), or each a slice of every block
+    (fsdp); auto: slices where training state would take more than a quarter of a GPU's memory."""
     activation_checkpointing: bool = False
     """Compute the student's activations again instead of keeping them: less memory, about a third more time."""
     compile: bool = False

@@ -34,21 +34,25 @@ from fdkit.training.parts import teachers_of
 
 SHARE_OF_MEMORY = 0.25
 """Weights, gradients and optimiser's state together may take this share of a device before they are cut."""
-BY_ELEMENT = (torch.optim.AdamW, torch.optim.SGD)
-"""Optimisers that treat every number by itself, so that a slice is updated as the whole would be."""
+BY_ELEMENT = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
+"""Optimisers that treat every number by itself, so that a slice is updated as the whole would be, and what they keep of
+each parameter in its shape."""
 
 
 class Shards:
     """A method cut in place. Every process makes one, before the optimiser is built.
 
+    twin: from `whole_twin`, before the method was compiled.
     is_bf16: a block's weights travel and compute in bfloat16; gradients are summed in float32 either way.
     Raises ConfigError for a method without blocks to cut.
     """
 
-    def __init__(self, method: Method, world: World, device: torch.device, *, is_bf16: bool) -> None:
+    def __init__(
+        self, method: Method, twin: Method, world: World, device: torch.device, *, is_bf16: bool
+    ) -> None:
         self.method = method
         self.world = world
-        self._whole = whole_twin(method)
+        self._whole = twin
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if is_bf16 else None,
             reduce_dtype=torch.float32,
@@ -76,7 +80,7 @@ class Shards:
 
         Raises ConfigError for one that looks at whole tensors.
         """
-        if not isinstance(optimizer, BY_ELEMENT):
+        if type(optimizer) not in BY_ELEMENT:
             raise ConfigError(
                 f"train.parallel fsdp: {type(optimizer).__name__} needs norms of whole tensors, which lie in parts",
                 "use --optim.name adamw or sgd, or --train.parallel ddp",
@@ -114,9 +118,13 @@ class Shards:
         dist.all_reduce(total)
         return torch.where(is_cut, total, squares).sqrt()
 
+    def rows_of_slices(self) -> dict[int, Rows]:
+        """By the identity of what the optimiser moves, which rows of a parameter it is."""
+        return {id(own): rows_of(parameter, self.world) for parameter, own in self._pairs}
+
     def slice_of(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
         """What the optimiser moves in place of a parameter."""
-        return next((own for whole, own in self._pairs if whole is parameter), parameter)
+        return next((own for whole, own in self._pairs if id(whole) == id(parameter)), parameter)
 
     def synchronise_gradients(self, wanted: bool) -> None:
         """Whether the next backward passes add up over the processes, or only here until one does."""

@@ -1,0 +1,128 @@
+"""All that a run needs to go on: the method, its optimiser and the random generators, into a checkpoint and back."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from fdkit.errors import ConfigError, WeightsError
+from fdkit.methods._method import Method
+from fdkit.teachers.shards import Rows
+from fdkit.training.checkpoint import Checkpoint, load_checkpoint, newest_sound, save_checkpoint, save_parts
+from fdkit.training.distributed import World, broadcast, gather
+from fdkit.training.generators import get_generators, set_generators
+from fdkit.training.optimizer import load_optimizer_tensors, optimizer_tensors, trained_parameters
+from fdkit.training.run import Run
+from fdkit.training.sharding import BY_ELEMENT, Shards, rows_of
+
+log = logging.getLogger("fdkit")
+
+
+class TrainingState:
+    """What changes while a method trains, but for what the loop itself counts.
+
+    shards: what lies in slices on the processes; None if every process holds all.
+    """
+
+    def __init__(
+        self, method: Method, optimizer: Optimizer, shards: Shards | None, world: World, device: torch.device
+    ) -> None:
+        self.method = method
+        self.optimizer = optimizer
+        self.shards = shards
+        self.world = world
+        self.device = device
+
+    def save(self, run: Run, step: int, state: dict[str, Any], *, keep: int, keep_also: str) -> None:
+        """Write the checkpoint of a step; every process calls this, and what rank 0 calls `state` is kept."""
+        generators = gather(get_generators(self.device), self.world)
+        tensors = {"model": _here(self.method.state_dict()), "optimizer": optimizer_tensors(self.optimizer)}
+        if self.world.is_main:
+            run.sync_metrics()
+            tensors["generators"] = {
+                f"rank{rank}.{name}": value
+                for rank, states in enumerate(generators)
+                for name, value in states.items()
+            }
+        content = Checkpoint(tensors, state)
+        if self.shards is not None:
+            tensors.setdefault("generators", {})
+            save_parts(
+                run.checkpoints, step, content, self.rows(), self.world, keep=keep, keep_also=keep_also
+            )
+        elif self.world.is_main:
+            save_checkpoint(run.checkpoints, step, content, keep=keep, keep_also=keep_also)
+
+    def restore(self, run: Run, *, seed: int, data: str) -> tuple[dict[str, Any], str] | None:
+        """Put back the run's newest sound checkpoint; its state and name, None if there is none.
+
+        Raises ConfigError for one of another seed or other images, WeightsError for one of another method.
+        """
+        newest = newest_sound(run.checkpoints) if self.world.is_main and run.resumed else None
+        path = broadcast(newest, self.world)
+        if path is None:
+            return None
+        tensors, state = load_checkpoint(path, self.rows())
+        if (state["seed"], state["data"]) != (seed, data):
+            raise ConfigError(f"{path}: written with another seed or other images than this run's")
+        self._load_model(tensors["model"], origin=str(path))
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        num_processes = len(state["windows"])
+        if num_processes == self.world.size:
+            prefix = f"rank{self.world.rank}."
+            saved = tensors["generators"].items()
+            own = {name.removeprefix(prefix): value for name, value in saved if name.startswith(prefix)}
+            set_generators(own, self.device)
+        else:
+            counts = (num_processes, self.world.size)
+            log.info("saved by %d processes, resumed by %d: the same images, not the same bits", *counts)
+        return state, path.name
+
+    def rows(self) -> dict[str, dict[str, Rows]]:
+        """Of all that lies in slices, which rows are here; by group and name as in a checkpoint."""
+        if self.shards is None:
+            return {}
+        cut = {
+            name: rows_of(one, self.world)
+            for name, one in self.method.state_dict().items()
+            if isinstance(one, DTensor)
+        }
+        own = self.shards.rows_of_slices()
+        moved = {
+            index: own[id(one)]
+            for index, one in enumerate(trained_parameters(self.optimizer))
+            if id(one) in own
+        }
+        return {
+            "model": cut,
+            "optimizer": {
+                f"state.{index}.{key}": rows
+                for index, rows in moved.items()
+                for key in BY_ELEMENT[type(self.optimizer)]
+            },
+        }
+
+    def _load_model(self, tensors: dict[str, Tensor], *, origin: str) -> None:
+        if self.shards is None:
+            try:
+                self.method.load_state_dict(tensors)
+            except RuntimeError as error:
+                raise WeightsError(f"{origin}: does not fit this method: {error}") from error
+            return
+        own = _here(self.method.state_dict())
+        odd = sorted(own.keys() ^ tensors.keys()) or [
+            name for name, value in own.items() if value.shape != tensors[name].shape
+        ]
+        if odd:
+            raise WeightsError(f"{origin}: does not fit this method: {', '.join(odd[:5])}")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(tensors[name])
+
+
+def _here(state: dict[str, Any]) -> dict[str, Tensor]:
+    """What lies on this process of a state dict; shares memory with it."""
+    return {name: one.to_local() if isinstance(one, DTensor) else one for name, one in state.items()}
