@@ -21,6 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from torch import Tensor
 
+from fdkit.data.patience import LostData, read_patiently
+from fdkit.data.text import printable
 from fdkit.errors import ConfigError
 
 log = logging.getLogger("fdkit")
@@ -66,11 +68,12 @@ def decode(file: bytes | str | Path, name: str = "") -> Image.Image:
 
     Alpha is dropped rather than composited, as torchvision's ImageFolder does. 16-bit colour keeps its high bytes.
     name: what `BadImage.path` says; the path itself when empty.
-    Raises BadImage whatever is wrong: an unknown format, more than MAX_PIXELS, truncated or damaged data.
+    Raises BadImage whatever is wrong: an unknown format, more than MAX_PIXELS, truncated or damaged data; LostData if
+    the file's folder went away and did not come back.
     """
     try:
         return _decode(file if isinstance(file, bytes) else bytes_of(file))
-    except MemoryError:
+    except (MemoryError, LostData):
         raise
     except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files
         shown = name or ("bytes" if isinstance(file, bytes) else printable(str(file)))
@@ -96,11 +99,16 @@ def read_pixels(file: bytes | str | Path, name: str = "") -> Tensor:
 
 
 def bytes_of(path: str | Path) -> bytes:
-    """The content of a regular file.
+    """The content of a regular file, read patiently.
 
     A pipe would be waited for, and a device may do anything when it is opened, so what is there is asked first.
-    Raises OSError for a folder, pipe, device or socket, for more than MAX_FILE_BYTES, and where it cannot be read.
+    Raises OSError for a folder, pipe, device or socket, for more than MAX_FILE_BYTES, and where it cannot be read;
+    LostData if its folder went away.
     """
+    return read_patiently(_bytes_now, Path(path))
+
+
+def _bytes_now(path: Path) -> bytes:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
@@ -142,13 +150,6 @@ def decoding_with(asked: Decoder) -> Iterator[None]:
         yield
     finally:
         _asked.reset(before)
-
-
-def printable(text: str) -> str:
-    """The text with control characters and undecodable bytes escaped, safe in logs and terminals."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _decode(data: bytes) -> Image.Image:

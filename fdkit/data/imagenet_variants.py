@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from fdkit.data.decode import printable
 from fdkit.data.sources import FolderSource, ImageSource
+from fdkit.data.text import printable
 from fdkit.errors import DataError
 
 SEVERITY_NAMES = frozenset("12345")

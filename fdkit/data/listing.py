@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fdkit.data.decode import EXTENSIONS, printable
+from fdkit.data.decode import EXTENSIONS
+from fdkit.data.text import printable
 
 log = logging.getLogger("fdkit")
 

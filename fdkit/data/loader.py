@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fdkit.config import Config
 from fdkit.data.decode import Decoder, decoder_for, decoding_with
+from fdkit.data.patience import DEFAULT_SECONDS, LostData, waiting_up_to
 from fdkit.data.reading import NOTHING, Cost, Readers, ReadingCosts, total, usable_cores
 from fdkit.data.sources import BadImage, ImageSource
 from fdkit.data.views import Pixels, Sample, Views
@@ -50,6 +51,8 @@ class LoaderConfig(Config):
     that is installed. Other formats are Pillow's."""
     timeout_seconds: float = Field(600, gt=0)
     """Longest wait for a batch from a worker before the run stops."""
+    retry_seconds: float = Field(DEFAULT_SECONDS, ge=0)
+    """How long a folder of images that is gone, such as a network disk, is waited for before the run stops."""
 
 
 class Batch(NamedTuple):
@@ -140,7 +143,7 @@ def training_batches(
     slots = _TrainingSlots(
         len(source), batch_size, seed, range(start_step, num_steps), slice(rank * share, (rank + 1) * share)
     )
-    dataset = _ViewsOfImages(source, views, seed, config.decoder, substitute=True)
+    dataset = _ViewsOfImages(source, views, seed, config, substitute=True)
     bad_images = bad_images or BadImages(source, config.max_bad_ratio)
     return _run(dataset, slots, config, bad_images, costs or ReadingCosts())
 
@@ -159,7 +162,7 @@ def evaluation_batches(
     Raises DataError if too many images are unreadable; ResourceError if a worker dies or does not answer.
     """
     slots = _EvaluationSlots(len(source), batch_size)
-    dataset = _ViewsOfImages(source, views, 0, config.decoder, substitute=False)
+    dataset = _ViewsOfImages(source, views, 0, config, substitute=False)
     bad_images = bad_images or BadImages(source, config.max_bad_ratio)
     return _run(dataset, slots, config, bad_images, ReadingCosts())
 
@@ -191,6 +194,8 @@ class _Item(NamedTuple):
     position: int
     bad: list[tuple[str, str]]
     cost: Cost = NOTHING
+    lost: LostData | None = None
+    """Why no further image can be read."""
 
 
 class _Collated(NamedTuple):
@@ -200,16 +205,18 @@ class _Collated(NamedTuple):
     bad: list[tuple[str, str]]
     complete: bool
     cost: Cost
+    lost: LostData | None = None
 
 
 class _ViewsOfImages(Dataset[_Item]):
     """(epoch, index) -> the views of that image. Never raises for an unreadable file."""
 
     def __init__(
-        self, source: ImageSource, views: Views, seed: int, decoder: Decoder, *, substitute: bool
+        self, source: ImageSource, views: Views, seed: int, config: LoaderConfig, *, substitute: bool
     ) -> None:
         self.source = source
-        self.decoder = decoder
+        self.decoder = config.decoder
+        self.retry_seconds = config.retry_seconds
         self.read: Callable[[int], Pixels] = getattr(source, "read_pixels", source.read)
         self.views = views
         self.stream = _Stream(seed, _VIEWS)
@@ -222,11 +229,15 @@ class _ViewsOfImages(Dataset[_Item]):
             candidate %= len(self.source)
             start, busy = time.perf_counter(), time.thread_time()
             try:
-                with decoding_with(self.decoder):
+                with decoding_with(self.decoder), waiting_up_to(self.retry_seconds):
                     image = self.read(candidate)
             except BadImage as error:
                 bad.append((error.path, error.reason))
                 continue
+            except (
+                LostData
+            ) as error:  # raised in a worker, it would reach the trainer as a traceback in a text
+                return _Item(None, -1, index, bad, lost=LostData(error.message, error.hint))
             label = -1 if self.source.labels is None else int(self.source.labels[candidate])
             read = time.perf_counter()
             sample = self.views(image, self.stream.at(epoch, index))
@@ -300,8 +311,9 @@ class _Stream:
 def _collate(items: list[_Item]) -> _Collated:
     bad = [entry for item in items for entry in item.bad]
     good = [item for item in items if item.sample is not None]
-    if not good:
-        return _Collated(None, bad, complete=False, cost=NOTHING)
+    lost = next((item.lost for item in items if item.lost is not None), None)
+    if not good or lost is not None:
+        return _Collated(None, bad, complete=False, cost=NOTHING, lost=lost)
     samples = [item.sample for item in good if item.sample is not None]
     crops = [_stack_crops(view) for view in zip(*(s.crops for s in samples), strict=True)]
     colour = [_stack(view) for view in zip(*(s.colour for s in samples), strict=True)]
@@ -338,7 +350,7 @@ def _run(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        timeout=config.timeout_seconds if workers else 0,
+        timeout=config.timeout_seconds + config.retry_seconds if workers else 0,
         worker_init_fn=_leave_signals_to_trainer,
         generator=torch.Generator(),  # without one, iter() draws from the global generator
     )
@@ -352,6 +364,8 @@ def _batches(
         with _trainers_signals_blocked():
             workers = iter(loader)
         for collated in workers:
+            if collated.lost is not None:
+                raise collated.lost
             costs.add(collated.cost)
             bad_images.add([BadImage(path, reason) for path, reason in collated.bad])
             if strict and not collated.complete:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fdkit.data.decode import printable
+from fdkit.data.text import printable
 from fdkit.errors import DataError
 
 MANIFEST = "fdkit-pack.json"

@@ -23,7 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fdkit.config import Config
-from fdkit.data.decode import EXTENSIONS, FORMATS, MAX_PIXELS, BadImage, decode, printable, read_pixels
+from fdkit.data.decode import EXTENSIONS, FORMATS, MAX_PIXELS, BadImage, decode, read_pixels
+from fdkit.data.text import printable
 from fdkit.errors import DataError
 
 log = logging.getLogger("fdkit")

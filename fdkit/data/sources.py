@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fdkit.data.decode import EXTENSIONS, BadImage, decode, printable, read_pixels
+from fdkit.data.decode import EXTENSIONS, BadImage, decode, read_pixels
 from fdkit.data.listing import PackedNames, has_loose_images, images_below, stamps, subfolders
 from fdkit.data.packed import MANIFEST, UNFINISHED
 from fdkit.data.tar_source import SPLIT_FOLDERS, TEST_FOLDERS, TarSource, open_tars, tars_in
+from fdkit.data.text import printable
 from fdkit.errors import DataError, did_you_mean
 
 __all__ = ["ArraySource", "BadImage", "FolderSource", "ImageSource", "TarSource", "decode", "open_source"]

@@ -17,9 +17,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fdkit.data.decode import EXTENSIONS, BadImage, decode, printable, read_pixels
+from fdkit.data.decode import EXTENSIONS, BadImage, decode, read_pixels
 from fdkit.data.packed import is_unfinished, read_manifest
+from fdkit.data.patience import read_patiently
 from fdkit.data.tars import NO_LABEL, Stamp, TarIndex, stamp_of, tar_index
+from fdkit.data.text import printable
 from fdkit.errors import DataError
 
 log = logging.getLogger("fdkit")
@@ -122,8 +124,11 @@ class TarSource:
         size = int(entry.sizes[row])
         if size > MAX_IMAGE_BYTES:
             raise BadImage(self.describe(index), f"{size} bytes are more than {MAX_IMAGE_BYTES}")
+        offset = int(entry.offsets[row])
         try:
-            data = os.pread(self._files.open(shard), size, int(entry.offsets[row]))
+            data = read_patiently(
+                lambda path: os.pread(self._files.open(shard), size, offset), self._shards[shard].path
+            )
         except OSError as error:
             raise BadImage(self.describe(index), error.strerror or str(error)) from error
         if len(data) < size:

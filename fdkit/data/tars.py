@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdkit.data.cache import read_arrays, write_arrays
-from fdkit.data.decode import EXTENSIONS, printable
+from fdkit.data.decode import EXTENSIONS
 from fdkit.data.listing import PackedNames
+from fdkit.data.text import printable
 from fdkit.errors import DataError
 
 log = logging.getLogger("fdkit")

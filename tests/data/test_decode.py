@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageOps
 
 from fdkit.data import decode as module
-from fdkit.data.decode import MAX_PIXELS, BadImage, decode, printable, read_pixels
+from fdkit.data.decode import MAX_PIXELS, BadImage, decode, read_pixels
+from fdkit.data.text import printable
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
