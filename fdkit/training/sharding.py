@@ -55,7 +55,7 @@ class Shards:
         self._whole = twin
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if is_bf16 else None,
-            reduce_dtype=torch.float32,
+            reduce_dtype=torch.float32 if is_bf16 else None,
             cast_forward_inputs=False,  # autocast decides, as everywhere
         )
         backbones = [part for part in method.modules() if isinstance(part, Backbone)]
