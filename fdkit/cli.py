@@ -62,6 +62,14 @@ COMMANDS = {
     "report": CommandEntry(
         "Everything known of runs and models on one page.", "fdkit report RUN [RUN ...] [--data PATH]"
     ),
+    "plan": CommandEntry(
+        "What a training takes on which GPU: memory, hours, disk; nothing is trained.",
+        "fdkit plan distill --teacher clip_vitl --data PATH",
+    ),
+    "profile": CommandEntry(
+        "Where the time of a training step goes, and the one thing to change.",
+        "fdkit profile distill --teacher clip_vitl --data PATH",
+    ),
     "pack": CommandEntry(
         "Write images into shards that read faster, large ones made smaller.", "fdkit pack PATH --output DIR"
     ),
@@ -114,19 +122,44 @@ def _dispatch(arguments: list[str]) -> int:
             f"fdkit {name}: no such command",
             did_you_mean(name, COMMANDS) or f"commands: {', '.join(COMMANDS)}",
         )
-    entry = COMMANDS[name]
     module = import_module(f"fdkit.commands.{name}")
-    rest = _with_implied_choice(module, rest)
-    choice = _choice(name, entry, rest) if entry.choices else ""
-    kind: type[Config] = module.config_class(choice) if choice else module.config_class()
-    config = _parse(kind, rest[1:] if choice else rest, name, choice)
-    outcome = module.run(config)
+    if hasattr(module, "COMMANDS"):
+        config, outcome = _about_another(name, module, rest)
+    else:
+        kind, choice, rest = _kind_of(name, rest)
+        config = _parse(kind, rest, name, choice)
+        outcome = module.run(config)
     if getattr(config, "json_output", False):
         if os.environ.get("RANK", "0") == "0":  # of several processes under torchrun, one speaks
             print(json.dumps(outcome.numbers, indent=2))
     else:
         outcome.show()
     return int(outcome.exit_code)
+
+
+def _kind_of(name: str, rest: list[str]) -> tuple[type[Config], str, list[str]]:
+    """A command's configuration, its choice if it has any, and the arguments behind that."""
+    entry, module = COMMANDS[name], import_module(f"fdkit.commands.{name}")
+    rest = _with_implied_choice(module, rest)
+    choice = _choice(name, entry, rest) if entry.choices else ""
+    kind: type[Config] = module.config_class(choice) if choice else module.config_class()
+    return kind, choice, rest[1:] if choice else rest
+
+
+def _about_another(name: str, module: Any, rest: list[str]) -> tuple[Config, Any]:
+    """Run a command that is about another one, as in `fdkit plan distill ...`, and takes its options and recipes."""
+    about: tuple[str, ...] = module.COMMANDS
+    if not rest or rest[0] in {"-h", "--help"}:
+        entry = COMMANDS[name]
+        print(f"{entry.summary}\n\nusage: {entry.usage}\n\ncommands: {', '.join(about)}")
+        print(f"\nfdkit {name} {about[0]} --help shows every option.")
+        sys.exit(0 if rest else 2)
+    if rest[0] not in about:
+        hint = did_you_mean(rest[0], about) or f"commands: {', '.join(about)}"
+        raise ConfigError(f"fdkit {name} {rest[0]}: no such command", hint)
+    kind, choice, words = _kind_of(rest[0], rest[1:])
+    config = _parse(module.config_class(kind), words, rest[0], choice, program=f"{name} {rest[0]}")
+    return config, module.run(rest[0], config)
 
 
 def _with_implied_choice(module: Any, rest: list[str]) -> list[str]:
@@ -188,8 +221,11 @@ def _first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
-def _parse(kind: type[Config], arguments: list[str], name: str, choice: str) -> Config:
-    """The configuration from recipe and flags; a flag wins over the recipe, the recipe over the default."""
+def _parse(kind: type[Config], arguments: list[str], name: str, choice: str, *, program: str = "") -> Config:
+    """The configuration from recipe and flags; a flag wins over the recipe, the recipe over the default.
+
+    program: what the help calls the command; its name where left out.
+    """
     from fdkit.commands._flags import parse_flags
 
     recipe = _recipe_file(kind, arguments, name, choice)
@@ -199,7 +235,8 @@ def _parse(kind: type[Config], arguments: list[str], name: str, choice: str) -> 
         check_recipe(kind, values, str(recipe))
         if not {"-h", "--help"} & set(arguments):
             logging.getLogger("fdkit").info("recipe %s", recipe)
-    return validate(kind, parse_flags(kind, arguments, values, f"fdkit {name} {choice}".strip()), "flags")
+    called = f"fdkit {program or name} {choice}".strip()
+    return validate(kind, parse_flags(kind, arguments, values, called), "flags")
 
 
 def _pinned(kind: type[Config], arguments: list[str]) -> Values:

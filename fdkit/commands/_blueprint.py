@@ -46,9 +46,7 @@ def blueprint(command: str, config: Any, *, num_classes: int) -> Method:
         with _WithoutValues():
             if command == "finetune":
                 classes = tuple(str(number) for number in range(num_classes))
-                return finetune.build_method(
-                    config.model_copy(update={"pretrained": False}), model, classes
-                )
+                return finetune.build_method(config.model_copy(update={"pretrained": False}), model, classes)
             return segment.build_method(config, model, num_classes=num_classes)
 
 

@@ -40,6 +40,8 @@ class TrainingCommand(Command):
     """Continue the run in --output exactly where its newest sound checkpoint stands; start it if there is none."""
     overwrite: bool = Field(default=False, exclude=True)
     """Start anew in --output; what is there is moved to OUTPUT.old-N, never deleted."""
+    dry_run: bool = Field(default=False, exclude=True)
+    """Forecast the run on this machine, do two real steps of it, and stop: no run folder is made or touched."""
     loader: LoaderConfig = LoaderConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimizerConfig = OptimizerConfig()

@@ -11,12 +11,13 @@ from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from fdkit.commands._command import ModelOptions, default_output, resolve
+from fdkit.commands._dry_run import dry_run, refuse_dry_run
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._teacher_cache import CacheRequest, TeacherCacheConfig, open_caches
 from fdkit.commands._training import TrainingCommand, run_training
 from fdkit.config import Config
 from fdkit.data.loader import training_batches
-from fdkit.data.sources import ImageSource
+from fdkit.data.sources import ImageSource, open_source
 from fdkit.data.views import CropConfig, RandomCrop, Views
 from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
@@ -123,28 +124,44 @@ def config_class() -> type[Config]:
 
 def run(config: DistillConfig, *, handle_signals: bool = True) -> Outcome:
     """Train the student and leave it in the run folder."""
+    if config.dry_run:
+        return dry_run("distill", config, lambda: prepared(_uncached(config)))
     folder = config.output or default_output("distill", config.teacher)
+    return run_training(config, folder, lambda source: _build(config, source), handle_signals=handle_signals)
 
-    def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
-        teachers, facts = load_teachers(config, source)
-        announce_terms(teachers)
-        student = build_student(
-            config.student, teachers[0].backbone, image_size=config.views.image_size, seed=config.seed
-        )
-        device = local_device(config.device)
-        is_bf16 = choose_precision(config.train.precision, device) == "bf16"
-        views: Views = RandomCrop(config.views)
-        cached = None
-        if config.teacher_cache.folder is not None:
-            request = cache_request(config, source, views, device, autocast=is_bf16)
-            views, cached, facts["teacher_cache"] = open_caches(request, teachers)
-        method = FeatureDistillation(
-            teachers, student, views, config.distillation, seed=config.seed, cached=cached
-        )
-        dtype = torch.bfloat16 if is_bf16 else torch.float32
-        return method, {**facts, **attention_facts(student.network, device, dtype)}
 
-    return run_training(config, folder, build, handle_signals=handle_signals)
+def prepared(config: DistillConfig) -> tuple[Method, ImageSource]:
+    """The method at its first step, and its images."""
+    source = open_source(config.data, "train")
+    return _build(config, source)[0], source
+
+
+def _uncached(config: DistillConfig) -> DistillConfig:
+    """Without a teacher cache, of which two first steps read nothing, and a dry run writes none."""
+    if config.teacher_cache.folder is not None:
+        logger.info("a dry run leaves the teacher cache alone: the teacher runs in every step")
+    return config.model_copy(update={"teacher_cache": TeacherCacheConfig()})
+
+
+def _build(config: DistillConfig, source: ImageSource) -> tuple[Method, dict[str, Any]]:
+    """The method at its first step, and what run.json is to say about it."""
+    teachers, facts = load_teachers(config, source)
+    announce_terms(teachers)
+    student = build_student(
+        config.student, teachers[0].backbone, image_size=config.views.image_size, seed=config.seed
+    )
+    device = local_device(config.device)
+    is_bf16 = choose_precision(config.train.precision, device) == "bf16"
+    views: Views = RandomCrop(config.views)
+    cached = None
+    if config.teacher_cache.folder is not None:
+        request = cache_request(config, source, views, device, autocast=is_bf16)
+        views, cached, facts["teacher_cache"] = open_caches(request, teachers)
+    method = FeatureDistillation(
+        teachers, student, views, config.distillation, seed=config.seed, cached=cached
+    )
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    return method, {**facts, **attention_facts(student.network, device, dtype)}
 
 
 def load_teachers(config: DistillConfig, source: ImageSource) -> tuple[list[Teacher], dict[str, Any]]:
@@ -237,4 +254,5 @@ def distill(teacher: str | Path | Sequence[str | Path], data: str | Path, **fiel
     names = one_line(teacher)
     values = {"teacher": names, "data": str(data), **fields}
     config = resolve(DistillConfig, values, "distill", names)
+    refuse_dry_run(config)
     return Path(run(config, handle_signals=False).numbers["run"])

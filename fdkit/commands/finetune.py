@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from fdkit.commands._classification import Images, Validation, class_logits, measure, open_images
 from fdkit.commands._command import ModelOptions, default_output, resolve, write_result
+from fdkit.commands._dry_run import dry_run
 from fdkit.commands._monitor import build_monitor
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._published import against_published, show_protocol
@@ -17,9 +18,11 @@ from fdkit.commands._training import TrainingCommand, train_and_draw
 from fdkit.commands.distill import announce_terms, teacher_facts
 from fdkit.config import Config, find_recipe, read_yaml, to_yaml, validate
 from fdkit.data.loader import steps_per_epoch
+from fdkit.data.sources import ImageSource
 from fdkit.data.supervised_views import SupervisedViews, SupervisedViewsConfig
 from fdkit.errors import ConfigError
 from fdkit.evaluation._protocols import Protocol, find_protocol, refuse_changes
+from fdkit.methods._method import Method
 from fdkit.methods._timm_tower import as_timm
 from fdkit.methods.supervised import Supervised, SupervisedConfig
 from fdkit.models.classifier import build_classifier
@@ -125,20 +128,15 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
     """Train the classifier, measure it on the test images once, and leave both in the run folder."""
     if config.protocol:
         _refuse_another(find_protocol(config.protocol), config)
+    if config.dry_run:
+        return dry_run("finetune", config, lambda: prepared(config))
     folder = config.output or default_output("finetune", config.model)
     device = local_device(config.device)
     with (
         process_group(device, config.train.timeout_seconds),
         Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
     ):
-        images = open_images(
-            config.data,
-            split=config.validation_split,
-            ratio=config.validation_ratio,
-            validates=config.validate_every_epochs > 0,
-            test_split=config.test_split,
-            seed=config.seed,
-        )
+        images = _open(config)
         per_epoch = steps_per_epoch(images.train, config.train.batch_size)
         teacher = load(config)
         if config.pretrained:
@@ -154,6 +152,23 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
             export_student(method, run)
         numbers = _test(config, method, images, run)
     return Outcome(numbers, lambda: _show(folder, numbers))
+
+
+def prepared(config: FinetuneConfig) -> tuple[Method, ImageSource]:
+    """The method at its first step, and its training images."""
+    images = _open(config)
+    return build_method(config, load(config), images.classes), images.train
+
+
+def _open(config: FinetuneConfig) -> Images:
+    return open_images(
+        config.data,
+        split=config.validation_split,
+        ratio=config.validation_ratio,
+        validates=config.validate_every_epochs > 0,
+        test_split=config.test_split,
+        seed=config.seed,
+    )
 
 
 def load(config: FinetuneConfig) -> Teacher:

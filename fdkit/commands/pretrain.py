@@ -9,10 +9,11 @@ from PIL import Image
 from pydantic import Field, create_model
 
 from fdkit.commands._command import default_output, plugin, plugins, resolve
+from fdkit.commands._dry_run import dry_run, refuse_dry_run
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._training import TrainingCommand, run_training
 from fdkit.config import Config, with_defaults
-from fdkit.data.sources import BadImage, ImageSource
+from fdkit.data.sources import BadImage, ImageSource, open_source
 from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 
@@ -66,15 +67,24 @@ def section(choice: str) -> str:
 
 def run(config: Any, *, handle_signals: bool = True) -> Outcome:
     """Train the backbone and leave it in the run folder."""
+    if config.dry_run:
+        return dry_run("pretrain", config, lambda: prepared(config))
     folder = config.output or default_output("pretrain", config.method)
+    return run_training(config, folder, lambda source: _build(config, source), handle_signals=handle_signals)
 
-    def build(source: ImageSource) -> tuple[Method, dict[str, Any]]:
-        method = build_method(config)
-        if not config.upscale:
-            refuse_small_images(source, method.views.image_size)
-        return method, {"method": config.method}
 
-    return run_training(config, folder, build, handle_signals=handle_signals)
+def prepared(config: Any) -> tuple[Method, ImageSource]:
+    """The method at its first step, and its images."""
+    source = open_source(config.data, "train")
+    return _build(config, source)[0], source
+
+
+def _build(config: Any, source: ImageSource) -> tuple[Method, dict[str, Any]]:
+    """The method at its first step, and what run.json is to say about it."""
+    method = build_method(config)
+    if not config.upscale:
+        refuse_small_images(source, method.views.image_size)
+    return method, {"method": config.method}
 
 
 def build_method(config: Any) -> Method:
@@ -112,4 +122,5 @@ def pretrain(method: str, data: str | Path, **fields: Any) -> Path:
     Example: fdkit.pretrain("mocov3", "photos/", output="runs/teacher")
     """
     config = resolve(config_class(method), {"data": str(data), **fields}, "pretrain", method)
+    refuse_dry_run(config)
     return Path(run(config, handle_signals=False).numbers["run"])

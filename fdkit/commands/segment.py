@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fdkit.analysis._figure import figure_bytes
 from fdkit.commands._command import ModelOptions, default_output, resolve, write_result
+from fdkit.commands._dry_run import dry_run
 from fdkit.commands._outcome import Outcome
 from fdkit.commands._training import TrainingCommand, train_and_draw
 from fdkit.config import Config, to_yaml, with_defaults
@@ -27,7 +28,7 @@ from fdkit.data.segmentation_views import (
     sliding_scores,
     window_starts,
 )
-from fdkit.data.sources import BadImage
+from fdkit.data.sources import BadImage, ImageSource
 from fdkit.errors import ConfigError, DataError
 from fdkit.evaluation._segmentation import (
     Measured,
@@ -134,6 +135,8 @@ _SECTIONS: dict[str, type[Config]] = {"train": TrainConfig, "optim": OptimizerCo
 
 def run(config: SegmentConfig, *, handle_signals: bool = True) -> Outcome:
     """Train, then measure once; the run folder has the backbone, the head and the numbers."""
+    if config.dry_run:
+        return dry_run("segment", config, lambda: prepared(config))
     folder = config.output or default_output("segment", config.model)
     device = local_device(config.device)
     with (
@@ -155,6 +158,13 @@ def run(config: SegmentConfig, *, handle_signals: bool = True) -> Outcome:
             draw(tester, folder / "figures" / "segmentation.png", miou=numbers["miou"])
         wait_for_all(world)
     return Outcome(numbers, lambda: _show(config, numbers))
+
+
+def prepared(config: SegmentConfig) -> tuple[Method, ImageSource]:
+    """The method at its first step, and its training images."""
+    (training,) = open_segmentation(config.data, ("train",), config)
+    teacher = config.load(config.model, seed=config.seed)
+    return build_method(config, teacher, num_classes=len(training.classes)), training
 
 
 def build_method(config: SegmentConfig, teacher: Teacher, *, num_classes: int) -> Segmentation:

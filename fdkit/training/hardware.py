@@ -1,6 +1,10 @@
-"""GPUs by name: what their vendors' data sheets say they can do at most."""
+"""What devices can do: GPUs by name, as their vendors' data sheets say, and the CPU at hand, as measured."""
 
+import time
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from fdkit.errors import ConfigError, did_you_mean
 
@@ -78,3 +82,35 @@ def reported_gpu(reported: str) -> Gpu | None:
         if part == words[-1].partition("-")[0]:  # "NVIDIA A100-SXM4-80GB"
             return GPUS[name]
     return None
+
+
+class DeviceRates(NamedTuple):
+    """What a device does, as measured just now."""
+
+    matmul_flops: float
+    """Operations a second of large matrix products."""
+    bandwidth: float
+    """Bytes a second read and written by an addition to a large tensor."""
+
+
+def measure_device(
+    device: torch.device, precision: str, *, size: int = 1024, repeats: int = 5
+) -> DeviceRates:
+    """The rates of "bf16" or "fp32", of a CPU with the threads PyTorch has now: medians, in a second or two."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.full((size, size), 0.01, dtype=dtype, device=device) for _ in range(2))
+    numbers = torch.zeros(1 << 24, device=device)
+    products = _median_seconds(lambda: left @ right, device, repeats)
+    additions = _median_seconds(lambda: numbers.add(1.0), device, repeats)
+    return DeviceRates(2 * size**3 / products, 2 * numbers.numel() * numbers.element_size() / additions)
+
+
+def _median_seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[1:])[repeats // 2]  # the first one loads libraries

@@ -27,10 +27,8 @@ def teachers_of(method: Method) -> list[Teacher]:
 def backbones_of(method: Method) -> list[tuple[Part, Backbone]]:
     """Every backbone with the part it is."""
     found: list[tuple[Part, Backbone]] = [("teacher", teacher.backbone) for teacher in teachers_of(method)]
-    for module in method.modules():
-        if isinstance(module, Backbone):
-            found.append(("student" if module is method.student else "momentum", module))
-    return found
+    own = [module for module in method.modules() if isinstance(module, Backbone)]
+    return found + [("student" if module is method.student else "momentum", module) for module in own]
 
 
 def heads_of(method: Method) -> list[nn.Module]:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from fdkit.data.segmentation_views import SegmentationCrop
 from fdkit.methods._method import Duration, Method
 from fdkit.models import attention
-from fdkit.training.activations import checkpoint_activations
+from fdkit.training.activations import cache_batch, checkpoint_activations
 from fdkit.training.parts import PARTS, Part, teachers_of, watched
 
 PICTURE = (384, 512)
@@ -60,17 +59,21 @@ def trace_step(
     on_gpu: bool,
     duration: Duration | None = None,
     activation_checkpointing: bool = False,
+    cached_parts: int = 1,
 ) -> Trace:
     """Forward and backward of a batch of one process, without computing.
 
     The method may be on any device, also on "meta", and stays as it is. on_gpu: attention takes the way it takes there,
-    fused, rather than a CPU's. duration: of the run, with this batch_size as its part_size.
+    fused, rather than a CPU's. cached_parts: that networks take the batch in, as train.cached_batch has them.
+    duration: of the run, with this batch_size as its part_size.
     Raises what the method raises for a batch it cannot use.
     """
     views = _view_shapes(method)
     twin, mode = _twin(method)
     if activation_checkpointing:
         checkpoint_activations(twin)
+    if cached_parts > 1:
+        cache_batch(twin, cached_parts)
     for part in twin.modules():
         if isinstance(part, DropPath):
             part.drop_prob = 0.0
@@ -86,7 +89,8 @@ def trace_step(
         labels = [torch.zeros(batch_size, dtype=torch.int64)] if method.needs_labels else []
         if on_gpu:
             stack.enter_context(patch.object(attention, "attention_path", lambda *_, **__: "sdpa"))
-            stack.enter_context(_FusedAttention(counter))
+            # A mode would not reach what activation checkpointing computes again.
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", _FusedAttention(counter)))
         stack.enter_context(counter)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         with watched(twin, counter.enter, counter.leave), autocast:
@@ -207,24 +211,18 @@ def _is_view(func: Any) -> bool:
     return bool(reads) and not any(info.is_write for info in reads)
 
 
-class _FusedAttention(TorchFunctionMode):
+class _FusedAttention:
     """Attention as a fused kernel does it: scores are never kept, and made again in the backward pass."""
 
     def __init__(self, counter: _Counter) -> None:
-        super().__init__()
         self.counter = counter
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _attend(
+    def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (part.to(torch.bfloat16) for part in (query, key, value))
-        attended: Tensor = _Attention.apply(self.counter, query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+        attended: Tensor = _Attention.apply(self.counter, query, key, value, attn_mask)
         return attended
 
 
