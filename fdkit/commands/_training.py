@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,6 +28,8 @@ NUM_PICTURES = 20
 
 class TrainingCommand(Command):
     """Fields of every command that trains."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"--deterministic": "--train.deterministic"}
 
     data: str
     """Images: a folder (its train/ if it has one; labels are not needed), tar shards (a folder of them, one .tar, or

@@ -3,8 +3,10 @@
 Views and the order of images have generators of their own, keyed by seed, epoch and index.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,3 +41,27 @@ def undisturbed_generators(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_generators(before, device)
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, PyTorch chooses kernels that give the same bits every time, and refuses where it has none.
+
+    cuBLAS takes a workspace of its own for that, which has to be asked for before its first use in the process.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    fills = filling.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        filling.fill_uninitialized_memory = False  # it guards against bugs, not against chance
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        filling.fill_uninitialized_memory = fills

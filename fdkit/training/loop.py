@@ -25,6 +25,7 @@ from fdkit.models.libraries import save_recipe
 from fdkit.models.vit import patch_projection
 from fdkit.teachers.run_checkpoint import step_of
 from fdkit.training.activations import cache_batch, checkpoint_activations
+from fdkit.training.bad_steps import MOST_REPORTS, BadSteps, first_damage
 from fdkit.training.checkpoint import list_steps
 from fdkit.training.compiling import compilation_facts, forget_compilations, warn_of_compilation
 from fdkit.training.distributed import (
@@ -38,7 +39,7 @@ from fdkit.training.distributed import (
 )
 from fdkit.training.export import export_student
 from fdkit.training.failures import explained_failures, not_finite
-from fdkit.training.generators import seed_generators, undisturbed_generators
+from fdkit.training.generators import deterministic_kernels, seed_generators, undisturbed_generators
 from fdkit.training.gradients import clip_each, first_matrix
 from fdkit.training.health import Health
 from fdkit.training.optimizer import OptimizerConfig, build_optimizer, trained_parameters
@@ -94,6 +95,7 @@ def train(
         world = stack.enter_context(process_group(device, train.timeout_seconds))
         stack.enter_context(explained_failures(train, plan, device))
         stack.enter_context(undisturbed_generators(device))
+        stack.enter_context(deterministic_kernels(train.deterministic))
         derived = describe_plan(plan) | {"loader": readers_of(loader)._asdict()}
         run.update(state="running", seed=seed, device=str(device), derived=derived)
         trainer = Trainer(
@@ -181,6 +183,7 @@ class Trainer:
             self.optimizer, (torch.optim.AdamW, torch.optim.SGD)
         )
         self.votes = Votes(world, device, lag=1 if refuses_bad else 0)
+        self.bad_steps = BadSteps(train.max_bad_steps)
         self.state = TrainingState(method, self.optimizer, self.shards, world, device)
         run.update(parallel=self.parallel.kind)
         self.told_of_compilation = not train.compile
@@ -203,13 +206,12 @@ class Trainer:
             self.step, batch.indices, bad, stop=self.stop.requested, save=self.save_is_due()
         )
         verdicts = self.votes.read()
-        for verdict in verdicts:
-            if verdict.is_bad:
-                raise self.not_finite(verdict, metrics)
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW and SGD make no update where this is 1
-        self.optimizer.step()
-        self.method.after_step(progress)
-        self.window.add(metrics)
+        self.hear(verdicts, metrics)
+        if not any(verdict.is_bad and verdict.step == self.step for verdict in verdicts):
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW and SGD make no update where this is 1
+            self.optimizer.step()
+            self.method.after_step(progress)
+        self.window.add(metrics, bad)
         self.step += 1
         return verdicts
 
@@ -349,10 +351,11 @@ class Trainer:
         values |= self.clock.read()
         self.run.log_metrics(values)
         self.run.heartbeat(self.step)
-        if self.world.is_main:
+        if self.world.is_main and "loss" in values:
             eta = self.clock.eta_seconds(self.plan.num_steps - self.step)
             progress.show(self.step, values, eta_seconds=eta)
-        warn(self.health.logged(self.step, values, kept=self.last_good_checkpoint()))
+        if "loss" in values:
+            warn(self.health.logged(self.step, values, kept=self.last_good_checkpoint()))
         self.tell_of_compilation()
 
     def tell_of_compilation(self) -> None:
@@ -398,9 +401,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, once every vote is read and found good; all processes go on together."""
-        for verdict in self.votes.read(lag=0):
-            if verdict.is_bad:
-                raise self.not_finite(verdict, {})
+        self.hear(self.votes.read(lag=0), {})
         mark(self.step, "saving" if self.world.is_main else "waiting for rank 0")
         start = time.perf_counter()
         windows = gather(self.window.numbers(), self.world)
@@ -410,6 +411,7 @@ class Trainer:
             "data": self.source.fingerprint,
             "windows": windows,
             "health": self.health.state(),
+            "bad_steps": self.bad_steps.state(),
         }
         self.state.save(
             self.run,
@@ -431,6 +433,7 @@ class Trainer:
             state, name = found
             self.step = state["step"]
             self.health.load(state["health"])
+            self.bad_steps.load(state["bad_steps"])
             if len(state["windows"]) == self.world.size:
                 self.window.load(state["windows"][self.world.rank], self.device)
             log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, name)
@@ -445,12 +448,34 @@ class Trainer:
             with self.shards.whole() as whole:
                 yield whole
 
+    def hear(self, verdicts: list[Verdict], metrics: dict[str, Tensor]) -> None:
+        """Count the steps that were not finite, whose update was not made; all processes call this.
+
+        Raises NumericsError for one too many in a row, or for one that left something in the state not finite.
+        """
+        for verdict in verdicts:
+            if not verdict.is_bad:
+                continue
+            self.bad_steps.add(verdict.step)
+            error = self.not_finite(verdict, metrics)
+            damaged = first_damage(self.method, self.world, self.device)
+            if damaged:
+                raise NumericsError(f"{error.message}, but {damaged} is no longer finite", error.hint)
+            if self.bad_steps.are_too_many:
+                raise error
+            self.run.update(bad_steps=self.bad_steps.total)
+            in_a_row, most = self.bad_steps.in_a_row, self.bad_steps.most_in_a_row
+            warn([f"{error.message}: {in_a_row} in a row, of the {most} that train.max_bad_steps bears"])
+
     def not_finite(self, verdict: Verdict, metrics: dict[str, Tensor]) -> NumericsError:
-        """What to raise for a bad step, after writing what is needed to look into it; all processes call this."""
+        """The error of a bad step, after writing what is needed to look into it; all processes call this."""
         indices = gather(verdict.indices.tolist(), self.world)
         last = {name: value.item() for name, value in metrics.items()}
         facts = {"seed": self.seed, "last_metrics_of_rank_0": last}
-        return not_finite(verdict.step, indices, facts, plan=self.plan, source=self.source, run=self.run)
+        keeps = self.bad_steps.total <= MOST_REPORTS or self.bad_steps.are_too_many
+        return not_finite(
+            verdict.step, indices, facts, plan=self.plan, source=self.source, run=self.run if keeps else None
+        )
 
 
 def warn(sentences: list[str]) -> None:

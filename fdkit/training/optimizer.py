@@ -1,7 +1,7 @@
 """Optimisers and which parameters they decay."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -46,7 +46,7 @@ class OptimizerConfig(Config):
     """Decay of the parameters that decay_exempt leaves in; decoupled from the gradient in AdamW."""
     weight_decay_end: float | None = Field(None, ge=0)
     """Weight decay at the end, reached along half a cosine without warm-up, as in DINO; null: constant."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of AdamW's and LAMB's two moments."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD, LARS and LARC."""

@@ -39,7 +39,11 @@ class TrainConfig(Config):
     activation_checkpointing: bool = False
     """Compute the student's activations again instead of keeping them: less memory, about a third more time."""
     compile: bool = False
-    """Compile the method with torch.compile: a slow start, then faster steps."""
+    """Compile the networks' blocks with torch.compile, one graph for those alike: a slow start, then faster steps."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time, on a GPU too: slower, and refused where there is none."""
+    max_bad_steps: int = Field(3, ge=0)
+    """Steps in a row whose loss or gradient is not finite that are left out before the run stops; 0 stops at once."""
     log_every_steps: int = Field(50, gt=0)
     """Steps between lines of metrics.jsonl; a line holds means over these steps."""
     save_every_minutes: float = Field(30, gt=0)

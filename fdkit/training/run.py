@@ -39,7 +39,7 @@ STALE_SECONDS = 600.0
 HARMLESS = (
     "output", "device", "resume", "overwrite", "json", "recipe", "loader.workers", "loader.decoder",
     "loader.retry_seconds", "loader.timeout_seconds", "train.log_every_steps", "train.save_every_minutes",
-    "train.save_every_steps", "train.keep_checkpoints", "train.timeout_seconds",
+    "train.save_every_steps", "train.keep_checkpoints", "train.timeout_seconds", "train.max_bad_steps",
 )  # fmt: skip
 """Fields that a resumed run may change: they do not change what is learned."""
 PACKAGES = ("fdkit", "torch", "torchvision", "timm", "open-clip-torch", "numpy", "pillow", "safetensors")

@@ -71,11 +71,17 @@ class Window:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
+        self.bad: Tensor | None = None
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Count one step's scalars."""
+    def add(self, metrics: dict[str, Tensor], bad: Tensor | None = None) -> None:
+        """Count one step's scalars; those of a step that was left out, where `bad` is 1, as if it had not been."""
+        is_bad = None if bad is None else bad > 0
+        if bad is not None:
+            self.bad = bad if self.bad is None else self.bad + bad
         for name, value in metrics.items():
             value = value.detach().float()
+            if is_bad is not None:
+                value = torch.where(is_bad, 0.0, value)
             if name not in self.sums:
                 self.sums[name] = value
             elif name.endswith(MAXIMUM):
@@ -85,14 +91,25 @@ class Window:
         self.count += 1
 
     def read(self, world: World) -> dict[str, float]:
-        """Means, or maxima, over the steps and processes, and begin anew."""
+        """Means, or maxima, over the steps and processes, and begin anew; "bad_steps" says how many were left out.
+
+        Nothing else is there if all of them were.
+        """
+        num_bad = 0 if self.bad is None else round(float(self.bad))
+        said = {"bad_steps": float(num_bad)} if num_bad else {}
+        if num_bad == self.count:
+            self._begin()
+            return said
         maxima = [name for name in self.sums if name.endswith(MAXIMUM)]
         means = [name for name in self.sums if name not in maxima]
-        values = self._reduced(means, reduce_mean, world, divisor=self.count)
+        values = self._reduced(means, reduce_mean, world, divisor=self.count - num_bad)
         values |= self._reduced(maxima, reduce_max, world)
         values = {name: values[name] for name in self.sums}
-        self.sums, self.count = {}, 0
-        return values
+        self._begin()
+        return values | said
+
+    def _begin(self) -> None:
+        self.sums, self.count, self.bad = {}, 0, None
 
     def _reduced(
         self, names: list[str], reduce: Callable[[Tensor, World], Tensor], world: World, *, divisor: int = 1
@@ -104,9 +121,11 @@ class Window:
 
     def numbers(self) -> dict[str, Any]:
         """The window as plain JSON, exact."""
-        return {"count": self.count, "sums": {name: value.item() for name, value in self.sums.items()}}
+        sums = {name: value.item() for name, value in self.sums.items()}
+        return {"count": self.count, "bad": 0.0 if self.bad is None else self.bad.item(), "sums": sums}
 
     def load(self, numbers: dict[str, Any], device: torch.device) -> None:
         """Put back what `numbers` gave."""
         self.count = numbers["count"]
+        self.bad = torch.tensor(numbers["bad"], device=device)
         self.sums = {name: torch.tensor(value, device=device) for name, value in numbers["sums"].items()}

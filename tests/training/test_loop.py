@@ -325,7 +325,7 @@ class SameHandler:
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     with pytest.raises(NumericsError, match=r"not finite at step 13 of 24.*the update was not made"):
-        train_toy(tmp_path / "run", method={"breaks_at": 13 / 24})
+        train_toy(tmp_path / "run", method={"breaks_at": 13 / 24}, train_max_bad_steps=0)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["state"], facts["exit_code"]) == ("failed", 7)
     [report] = (tmp_path / "run" / "errors").glob("*not-finite.json")
@@ -344,7 +344,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
 
 
 def test_reading_flags_a_step_late_still_makes_no_bad_update(tmp_path: Path) -> None:
-    chosen = settings()
+    chosen = settings(train_max_bad_steps=0)
     method = ToyMethod(breaks_at=4 / 24)
     with Run.create(tmp_path / "run", CONFIG_YAML) as run:
         plan = make_plan(Pictures(), train=chosen["train"], optim=chosen["optim"], world=ALONE, device=CPU)
@@ -379,6 +379,52 @@ def test_running_out_of_memory_names_what_keeps_the_batch(tmp_path: Path) -> Non
         Run.create(tmp_path / "run", CONFIG_YAML) as run,
     ):
         train(Hungry(), Pictures(), run, **settings(train_accumulate=2))
+
+
+class Failing(ToyMethod):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "changes", "kind", "words"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), {},
+         ResourceError, "cpu: out of memory with 8 images"),
+        (MemoryError(), {}, ResourceError, "cpu: out of memory with 8 images"),
+        (RuntimeError("scatter_cuda does not have a deterministic implementation. You can turn it off"),
+         {"train_deterministic": True}, ConfigError,
+         r"train.deterministic: scatter_cuda does not have a deterministic implementation\n"),
+        (RuntimeError("scatter_cuda does not have a deterministic implementation"), {}, RuntimeError, "scatter"),
+        (RuntimeError("anything else"), {}, RuntimeError, "anything else"),
+    ],
+)  # fmt: skip
+def test_failures_are_explained_or_left_alone(
+    error: Exception, changes: dict[str, Any], kind: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=words), Run.create(tmp_path / "run", CONFIG_YAML) as run:
+        train(Failing(error), Pictures(), run, **settings(**changes))
+
+
+def test_deterministic_kernels_are_asked_for_while_it_trains_and_no_longer(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Looking(ToyMethod):
+        def forward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().forward(views, progress)
+
+    for wanted in (True, False):
+        with Run.create(tmp_path / str(wanted), CONFIG_YAML) as run:
+            train(Looking(), Pictures(), run, **settings(train_deterministic=wanted))
+        assert set(seen) == {wanted}
+        seen.clear()
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert same_bits(final_weights(tmp_path / "True"), final_weights(tmp_path / "False"))
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +501,7 @@ def test_two_processes_equal_one_and_go_on_alone(tmp_path: Path) -> None:
 
 def ranked_breaking(folder: Path) -> None:
     breaks = 10 / 24 if os.environ["RANK"] == "1" else 2.0
-    train_toy(folder, method={"breaks_at": breaks})
+    train_toy(folder, method={"breaks_at": breaks}, train_max_bad_steps=0)
 
 
 def ranked_stopped(folder: Path) -> None:

@@ -187,3 +187,30 @@ def exit_codes(processes: list[Any], timeout: float = 60) -> list[int | None]:
         if process.exitcode is None:
             process.kill()
     return [process.exitcode for process in processes]
+
+
+class Stumbling(ToyMethod):
+    """The toy whose loss is not finite at some steps."""
+
+    def __init__(self, bad_steps: tuple[int, ...], *, num_steps: int = 24, poisons: bool = False) -> None:
+        super().__init__()
+        self.bad_steps = bad_steps
+        self.num_steps = num_steps
+        self.poisons = poisons
+
+    def forward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
+        scalars = super().forward(views, progress)
+        if round(progress * self.num_steps) in self.bad_steps:
+            scalars["loss"] = scalars["loss"] * float("nan")
+            if self.poisons:
+                self.slow[0, 0] = float("inf")
+        return scalars
+
+
+def train_stumbling(
+    folder: Path, bad_steps: tuple[int, ...], *, poisons: bool = False, **changes: Any
+) -> Run:
+    """Train the stumbling toy in a run folder; resumes if the folder holds a run."""
+    with Run.create(folder, CONFIG_YAML, resume=True, command=["toy"]) as run:
+        train(Stumbling(bad_steps, poisons=poisons), Pictures(), run, **settings(**changes))
+    return run
