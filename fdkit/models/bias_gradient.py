@@ -102,7 +102,7 @@ def bias_gradient(
     logarithm of the sum of exp(scores); delta: (B, H, N) float32, attended values times grad, summed over D;
     bias: (H, N, N) as it was added.
     """
-    import triton  # type: ignore[import-untyped]
+    import triton
 
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     if not query.is_cuda:  # Triton's interpreter multiplies bfloat16 as if its bits were integers
@@ -140,10 +140,10 @@ def _num_splits(batch_size: int, num_programs: int) -> int:
 def _kernel() -> Any:
     """The Triton kernel; made when first needed, since Triton is not installed everywhere."""
     import triton
-    import triton.language as tl  # type: ignore[import-untyped]
+    import triton.language as tl
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def bias_gradient_tile(  # type: ignore[no-untyped-def]
+    @triton.jit
+    def bias_gradient_tile(
         query, key, value, grad, lse, delta, bias, sums,
         q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, bias_h, bias_n,
         batch_size, num_heads, num_tokens, split_size, scale,
