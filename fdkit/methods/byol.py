@@ -22,6 +22,7 @@ from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods._resnet import with_full_residuals
 from fdkit.models.backbone import Backbone, Pooling
+from fdkit.models.batch_norm import each_apart
 from fdkit.models.heads import mlp_head
 from fdkit.models.momentum import MomentumSchedule, follow, momentum_at
 from fdkit.models.representation import channel_std, unit_rows
@@ -101,12 +102,11 @@ class BYOL(Method):
         1; they fall to 0 in a collapse.
         """
         features = [self.student.pooled(view, self.pooling) for view in views]
-        projections = [self.projector(rows) for rows in features]
-        predictions = [self.predictor(rows) for rows in projections]
+        projections = each_apart(self.projector, features)
+        predictions = each_apart(self.predictor, projections)
         with torch.no_grad():
-            targets = [
-                self.target_projector(self.target_student.pooled(view, self.pooling)) for view in views
-            ]
+            seen = [self.target_student.pooled(view, self.pooling) for view in views]
+            targets = each_apart(self.target_projector, seen)
         distances = [
             squared_distance(predictions[0], targets[1]),
             squared_distance(predictions[1], targets[0]),

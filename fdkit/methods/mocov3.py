@@ -22,6 +22,7 @@ from fdkit.methods._contrast import info_nce
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.models.backbone import Backbone, Pooling
+from fdkit.models.batch_norm import each_apart
 from fdkit.models.collectives import gather_rows, rank
 from fdkit.models.heads import mlp_head
 from fdkit.models.momentum import MomentumSchedule, follow, momentum_at, momentum_copy
@@ -118,11 +119,11 @@ class MoCoV3(Method):
         is_learning = self.training and torch.is_grad_enabled()
         temperature = self.config.temperature
         features = self._features(self.student, views)
-        queries = [self.predictor(self.projector(rows)) for rows in features]
+        queries = each_apart(self.predictor, each_apart(self.projector, features))
         with torch.no_grad():
             if is_learning:
                 self._move_momentum_encoder(progress)
-            keys = [self.momentum_projector(rows) for rows in self._features(self.momentum_student, views)]
+            keys = each_apart(self.momentum_projector, self._features(self.momentum_student, views))
             gathered = gather_rows(torch.stack(keys, dim=1))  # (N, 2, d)
         first_label = rank() * len(queries[0])
         contrasts = [

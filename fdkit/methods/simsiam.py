@@ -20,6 +20,7 @@ from fdkit.methods._batch_norm import check_batch_norm
 from fdkit.methods._method import Duration, Method
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.models.backbone import Backbone, Pooling
+from fdkit.models.batch_norm import each_apart
 from fdkit.models.heads import mlp_head
 from fdkit.models.representation import channel_std
 
@@ -90,8 +91,8 @@ class SimSiam(Method):
         (section 4.1); feature_std: of the network's own features likewise. Both fall to 0 in a collapse.
         """
         features = [self.student.pooled(view, self.pooling) for view in views]
-        projections = [self.projector(rows) for rows in features]
-        predictions = [self.predictor(rows) for rows in projections]
+        projections = each_apart(self.projector, features)
+        predictions = each_apart(self.predictor, projections)
         cosines = [
             mean_cosine(predictions[0], projections[1].detach()),
             mean_cosine(predictions[1], projections[0].detach()),
