@@ -142,8 +142,8 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
-    def bias_gradient_tile(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def bias_gradient_tile(  # type: ignore[no-untyped-def]
         query, key, value, grad, lse, delta, bias, sums,
         q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, bias_h, bias_n,
         batch_size, num_heads, num_tokens, split_size, scale,
