@@ -1,16 +1,25 @@
 """Training with less memory for activations: computing them twice, or for a part of the batch at a time."""
 
+from functools import partial
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 from fdkit.models.backbone import Backbone
+from fdkit.training.compiling import repeated_blocks
 
 
-def checkpoint_activations(method: Method) -> None:
-    """Have the student compute its activations twice. Raises ConfigError if its network cannot."""
+def checkpoint_activations(method: Method, *, every: int = 1) -> None:
+    """Have the student compute its activations twice, or those of every how many-th block.
+
+    Before the method is cut or compiled. Raises ConfigError if its network cannot, or has too few blocks for that.
+    """
+    if every > 1:
+        _checkpoint_some(method, every)
+        return
     network = method.student.network
     refusal = ConfigError(
         f"train.activation_checkpointing: {type(network).__name__} does not offer it",
@@ -23,6 +32,18 @@ def checkpoint_activations(method: Method) -> None:
         enable(True)
     except AssertionError as error:
         raise refusal from error
+
+
+def _checkpoint_some(method: Method, every: int) -> None:
+    blocks = list(repeated_blocks(method.student))
+    if len(blocks) <= every:
+        raise ConfigError(
+            f"train.checkpoint_every {every} leaves one block or none of {len(blocks)} in "
+            f"{type(method.student.network).__name__} to compute twice",
+            "use --train.checkpoint-every 1, or less than the number of blocks",
+        )
+    for block in blocks[::every]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def cache_batch(method: Method, num_parts: int) -> None:

@@ -140,7 +140,7 @@ class Trainer:
         self.stop = StopRequest()
         self.clock = Clock(plan.batch_size)
         if train.activation_checkpointing:
-            checkpoint_activations(method)
+            checkpoint_activations(method, every=train.checkpoint_every)
         if train.cached_batch:
             cache_batch(method, train.accumulate)
         self.num_parts = 1 if train.cached_batch else train.accumulate

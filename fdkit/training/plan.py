@@ -1,10 +1,10 @@
 """How a run trains: the configuration of the loop, and what follows from it, the images and the processes."""
 
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fdkit.config import Config
 from fdkit.data.loader import steps_per_epoch
@@ -38,6 +38,9 @@ class TrainConfig(Config):
     (fsdp); auto: slices where training state would take more than a quarter of a GPU's memory."""
     activation_checkpointing: bool = False
     """Compute the student's activations again instead of keeping them: less memory, about a third more time."""
+    checkpoint_every: int = Field(1, gt=0)
+    """With activation_checkpointing: every how many-th block of the student computes its activations again; more than 1
+    saves less memory and costs less time."""
     compile: bool = False
     """Compile the networks' blocks with torch.compile, one graph for those alike: a slow start, then faster steps."""
     deterministic: bool = False
@@ -55,6 +58,15 @@ class TrainConfig(Config):
     timeout_seconds: float = Field(600, gt=0)
     """How long processes wait for one that does not get on before all end, naming it; more than rank 0 ever needs to
     save or measure."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.checkpoint_every > 1 and not self.activation_checkpointing:
+            raise ConfigError(
+                f"train.checkpoint_every {self.checkpoint_every} has no effect without train.activation_checkpointing",
+                "use --train.activation-checkpointing, or leave it out",
+            )
+        return self
 
 
 class Plan(NamedTuple):
