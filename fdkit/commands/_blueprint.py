@@ -56,7 +56,9 @@ def _distillation(config: distill.DistillConfig) -> Method:
             config,
             name,
             keep_head=config.distillation.target == "logits",
-            precision=config.teacher_precision,
+            precision="fp32"
+            if config.teacher_precision == "fp32"
+            else "bf16",  # fp8 weights are made of these
         )
         for name in config.teachers
     ]

@@ -21,8 +21,6 @@ GB = 1e9
 READ_SECONDS = 1 / 302
 """A core's, for an image of about 500 x 375 pixels and one crop: benchmarks/results/data_path.json, with Pillow."""
 MIN_CACHE_GAIN = 1.15
-SHARDED_ABOVE = 0.25
-"""Share of a GPU's memory in weights and optimiser above which splitting them over GPUs is worth its cost."""
 
 
 class Reading(NamedTuple):
@@ -97,6 +95,8 @@ def forecast(
 ) -> dict[str, Any]:
     """Plain numbers about the run on each kind of GPU; price: of a GPU and hour."""
     config = subject.config
+    if config.train.parallel == "fsdp" and num_gpus == 1:
+        raise ConfigError("train.parallel fsdp has no effect with one process", "plan for several: --gpus 8")
     precision = "fp32" if config.train.precision == "fp32" else "bf16"
     traces = trace(subject, num_processes=num_gpus, precision=precision, on_gpu=True)
     weights = cost.count_weights(subject.method)
@@ -106,7 +106,7 @@ def forecast(
         _on_gpu(subject, traces, weights, memory, gpu, precision, num_gpus, cores, price) for gpu in gpus
     ]
     numbers |= {"gpus": num_gpus, "devices": devices, "memory": memory_numbers(memory, traces)}
-    numbers["advice"] = list(_advice(subject, traces, memory, numbers, gpus, num_gpus, cores))
+    numbers["advice"] = list(_advice(subject, traces, numbers, gpus, num_gpus, cores))
     return numbers
 
 
@@ -129,7 +129,8 @@ def general(subject: Subject, step: Trace, weights: cost.Weights, precision: str
         "parameters": {
             "trained": weights.trained,
             "student": weights.student,
-            "heads_and_copies": weights.held - weights.student,
+            "momentum": weights.momentum,
+            "heads": weights.held - weights.student - weights.momentum,
             "teacher": weights.teacher,
         },
         "flops_per_image": {name: value for name, value in step.flops.items() if value}
@@ -168,6 +169,9 @@ def _on_gpu(
     price: float | None,
 ) -> dict[str, Any]:
     config, step = subject.config, traces.step
+    is_sliced = cost.is_sliced(weights, gpu.memory_bytes, num_gpus, config.train.parallel)
+    if is_sliced:
+        memory = cost.sliced(memory, weights, num_gpus)
     parts = 1 if config.train.cached_batch else config.train.accumulate
     update = cost.update_traffic(weights, config.optim.name) / parts
     seconds = cost.step_seconds(step, cost.gpu_rates(gpu, precision), update_bytes=update)
@@ -188,6 +192,8 @@ def _on_gpu(
         "workers": math.ceil(computed / num_gpus * subject.reading.seconds),
         "hours": run.hours,
         "gpu_hours": run.gpu_hours,
+        "is_sliced": is_sliced,
+        "bytes_at_batch": memory.at(step.batch_size),
         "fits": memory.fits(step.batch_size, gpu.memory_bytes),
         "largest_batch": memory.largest_batch(gpu.memory_bytes),
     }
@@ -226,7 +232,6 @@ def _cache_of(subject: Subject, views: int, dtype: Any, pca: int | None) -> int:
 def _advice(
     subject: Subject,
     traces: Traces,
-    memory: cost.Footprint,
     numbers: dict[str, Any],
     gpus: Sequence[Gpu],
     num_gpus: int,
@@ -237,14 +242,11 @@ def _advice(
     for gpu, device in zip(gpus, numbers["devices"], strict=True):
         if not device["fits"]:
             yield f"{gpu.name}: {size} images at once do not fit: {_remedy(subject, traces, device, num_gpus)}"
-        if memory.state > SHARDED_ABOVE * gpu.memory_bytes and num_gpus > 1:
-            flag = next((f"--train.{name}" for name in type(train).model_fields if "shard" in name), None)
-            if flag:
-                share = memory.state / gpu.memory_bytes
-                yield (
-                    f"{gpu.name}: weights and optimiser take {100 * share:.0f} % of its memory: "
-                    f"{flag} splits them over the GPUs"
-                )
+        if device["is_sliced"] and train.parallel == "auto":
+            yield (
+                f"{gpu.name}: training state would take more than a quarter of its memory, so --train.parallel auto "
+                "holds slices of it on each (fsdp)"
+            )
         needed = device["workers"] * num_gpus
         if cores is not None and device["is_bound_by"] == "reading":
             yield (
@@ -266,17 +268,23 @@ def _remedy(subject: Subject, traces: Traces, device: dict[str, Any], num_gpus: 
     size = traces.step.batch_size
     if with_checkpointing >= size:
         return "--train.activation-checkpointing (a third more time)"
-    best = max(device["largest_batch"], with_checkpointing)
+    own = device["largest_batch"]
+    best = own if own and subject.method.compares_images else max(own, with_checkpointing)
     parts = _parts(train.batch_size, num_gpus, best)
     if parts is None:
-        return "more memory, or more GPUs: not one image fits beside weights and optimiser"
+        more = (
+            ""
+            if device["is_sliced"]
+            else ", each of which then holds a slice of both (--train.parallel fsdp)"
+        )
+        return f"not one image fits beside weights and optimiser: take more GPUs{more}"
     flags = f"--train.accumulate {parts}"
+    if best > own:
+        flags += " --train.activation-checkpointing"
     if subject.method.compares_images:
         return (
-            f"{flags} --train.cached-batch (the loss still sees the whole batch, for about a third more time)"
+            f"{flags} --train.cached-batch (the loss still sees the whole batch; networks run forward twice)"
         )
-    if best > device["largest_batch"]:
-        flags += " --train.activation-checkpointing"
     return f"{flags} (the same update, in parts)"
 
 
@@ -333,7 +341,7 @@ def parts_table(numbers: dict[str, Any]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for name in (*PARTS, "backward", "total"):
-        held = parameters.get({"heads": "heads_and_copies"}.get(name, name))
+        held = parameters.get(name)
         if name in flops or held:
             table.add_row(name, _millions(held), _gigaflops(flops.get(name, 0.0)))
     return table
@@ -386,8 +394,9 @@ def details(numbers: dict[str, Any]) -> Iterator[str]:
         "a worker is a core"
     )
     yield (
-        f"expected: within {cost.MAX_ERROR_PERCENT} % in the runs it was tried on ({cost.CALIBRATED_ON}); other "
-        "devices by their data sheets; what GPUs exchange is not counted"
+        f"expected: step times within {cost.MAX_ERROR_PERCENT} % and memory within {cost.MAX_MEMORY_ERROR_PERCENT} % in "
+        f"the runs it was tried on ({cost.CALIBRATED_ON}); other devices by their data sheets; what GPUs exchange is "
+        "not counted"
     )
 
 

@@ -81,7 +81,7 @@ def _source(command: str, config: Any) -> ImageSource | None:
         return None
     if command == "segment":
         found: Any = open_segmentation(config.data, ("train",), config)[0]
-        return found  # type: ignore[no-any-return]
+        return found
     return open_source(config.data, "train")
 
 

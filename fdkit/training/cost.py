@@ -13,24 +13,30 @@ from torch import nn
 
 from fdkit.methods._method import Method
 from fdkit.training.hardware import Gpu
-from fdkit.training.parts import teachers_of
+from fdkit.training.parts import backbones_of, teachers_of
 from fdkit.training.trace import Trace
 
 MATMUL_SHARE = 0.65
 """Of a GPU's peak that large bfloat16 matrix products reach: 620 to 660 of the 989 TFLOP/s of an H100 or H200."""
-TRAFFIC_SHARE = 0.34
+TRAFFIC_SHARE = 0.36
 """Of a GPU's bandwidth that the counted bytes of all other operations move at."""
-SECONDS_PER_OPERATION = 41e-6
+SECONDS_PER_OPERATION = 36e-6
 """Of the host, to start an operation from Python, with its share of autograd, hooks and the optimiser."""
 CALIBRATED_ON = (
     "benchmarks/results/distill_step_gpu.json and pretrain_step_gpu.json, one NVIDIA H200, uncompiled"
 )
-MAX_ERROR_PERCENT = 100
-"""Largest error of a forecast of such a run from the others, as benchmarks/results/plan_error.json has it."""
+MAX_ERROR_PERCENT = 21
+"""Largest error of a forecast of such a step's time from the other runs: benchmarks/results/plan_error.json."""
+MAX_MEMORY_ERROR_PERCENT = 14
+"""Largest error of a forecast of memory, against peaks measured on the same GPU: the same file."""
 CONTEXT_BYTES = 1.0e9
 """Of a GPU's memory for the driver's context and the libraries' workspaces, an allowance rather than a measurement."""
 USABLE_SHARE = 0.95
 """Of the memory: the allocator leaves gaps."""
+SLICED_ABOVE = 0.25
+"""Share of a GPU's memory in training state above which the loop cuts networks into slices by itself."""
+GRADIENT_AND_STATE_BYTES = 16
+"""Of a trained number: weight, gradient and two moments in float32."""
 ADAM_BYTES, MOMENTUM_BYTES = 8, 4
 """An optimiser's state a trained number: two moments, or one."""
 ADAM_TRAFFIC, SGD_TRAFFIC, FOLLOW_TRAFFIC = 28, 20, 12
@@ -59,6 +65,8 @@ class Weights(NamedTuple):
     teacher_bytes: int
     student: int
     """Parameters of the student, trained or not."""
+    momentum: int
+    """Parameters of backbones that follow it."""
 
     @property
     def following(self) -> int:
@@ -102,6 +110,7 @@ def count_weights(method: Method) -> Weights:
             for weight in backbone.parameters()
         ),
         student=_count(method.student),
+        momentum=sum(_count(backbone) for part, backbone in backbones_of(method) if part == "momentum"),
     )
 
 
@@ -114,11 +123,32 @@ def optimizer_bytes(name: str) -> int:
     return ADAM_BYTES if name in ("adamw", "lamb") else MOMENTUM_BYTES
 
 
+def state_bytes(weights: Weights, optimizer: str) -> int:
+    """Of what is there between two steps: weights, the optimiser's state, teachers."""
+    return 4 * weights.held + optimizer_bytes(optimizer) * weights.trained + weights.teacher_bytes
+
+
 def footprint(weights: Weights, optimizer: str, small: Trace, large: Trace) -> Footprint:
     """The memory of a step from its traces at two batch sizes."""
     per_image = (large.peak_bytes - small.peak_bytes) / (large.batch_size - small.batch_size)
-    state = 4 * weights.held + optimizer_bytes(optimizer) * weights.trained + weights.teacher_bytes
+    state = state_bytes(weights, optimizer)
     return Footprint(state, max(0.0, small.peak_bytes - per_image * small.batch_size), per_image)
+
+
+def is_sliced(weights: Weights, memory_bytes: float, num_gpus: int, wanted: str) -> bool:
+    """Whether each process holds slices of the networks, as `train.parallel` wants or, on "auto", the loop decides."""
+    is_large = GRADIENT_AND_STATE_BYTES * weights.trained > SLICED_ABOVE * memory_bytes
+    return num_gpus > 1 and (wanted == "fsdp" or (wanted == "auto" and is_large))
+
+
+def sliced(whole: Footprint, weights: Weights, num_gpus: int) -> Footprint:
+    """The footprint of a process that holds a slice of weights, gradients and optimiser; teachers stay whole.
+
+    The block that is gathered while it computes is left out.
+    """
+    share = 1 - 1 / num_gpus
+    state = whole.state - share * (whole.state - weights.teacher_bytes)
+    return whole._replace(state=state, fixed=max(0.0, whole.fixed - share * 4 * weights.trained))
 
 
 def update_traffic(weights: Weights, optimizer: str) -> float:
