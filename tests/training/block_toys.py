@@ -34,13 +34,20 @@ class BlockNetwork(ToyNetwork):
         return Tokens(tokens[:, :0], self.out(self.norm(tokens)), (2, 2))
 
 
-class BlockMethod(ToyMethod):
-    """The toy with blocks, and a momentum copy that counts in the loss."""
+class PlainBlockMethod(ToyMethod):
+    """The toy with blocks."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         torch.manual_seed(2)
         self.student.network = BlockNetwork()
+
+
+class BlockMethod(PlainBlockMethod):
+    """The toy with blocks, which calls its student twice, and a momentum copy that counts in the loss."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.momentum_student = momentum_copy(self.student)
 
     def forward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from block_toys import BlockMethod
+from block_toys import BlockMethod, PlainBlockMethod
 from torch import Tensor, nn
 from training_toys import (
     CONFIG_YAML,
@@ -20,6 +20,7 @@ from training_toys import (
 
 import fdkit.training.loop as loop
 from fdkit.errors import OutputError, ResourceError
+from fdkit.methods._method import Method
 from fdkit.training import checkpoint as checkpoint_module
 from fdkit.training.checkpoint import load_checkpoint
 from fdkit.training.distributed import World, process_group
@@ -32,9 +33,9 @@ CPU = torch.device("cpu")
 RANKS = pytest.mark.distributed
 
 
-def run(folder: Path, changes: dict[str, Any]) -> None:
+def run(folder: Path, changes: dict[str, Any], method: type[Method] = BlockMethod) -> None:
     with Run.create(folder, CONFIG_YAML, resume=True, command=["toy"]) as opened:
-        train(BlockMethod(), Pictures(), opened, **settings(**changes))
+        train(method(), Pictures(), opened, **settings(**changes))
 
 
 class Exchanges:
@@ -65,18 +66,23 @@ class Exchanges:
         return made
 
 
-def counted(folder: Path, changes: dict[str, Any]) -> None:
+def counted(folder: Path, changes: dict[str, Any], method: type[Method]) -> None:
     exchanges = Exchanges()
-    run(folder / "run", changes)
+    run(folder / "run", changes, method)
     (folder / str(exchanges.count)).touch()
 
 
 @RANKS
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "most"), [("ddp", 12), ("fsdp", 12 * 7)])
-def test_parts_of_a_batch_travel_once_an_update(tmp_path: Path, kind: str, most: int) -> None:
-    """Twelve updates: a bucket of what is whole, and at most a message for each of two calls of three cut blocks."""
-    counts, ends = {}, {}
+@pytest.mark.parametrize("method", [PlainBlockMethod, BlockMethod])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_parts_of_a_batch_travel_once_an_update(tmp_path: Path, kind: str, method: type[Method]) -> None:
+    """Twelve updates: a bucket of what is whole, and a message for each of three cut blocks.
+
+    Of a block that is called twice in a part, either message of the last part may go alone.
+    """
+    each = 1 if kind == "ddp" else 4
+    ends = {}
     for parts in (1, 4):
         folder = tmp_path / str(parts)
         folder.mkdir()
@@ -86,14 +92,11 @@ def test_parts_of_a_batch_travel_once_an_update(tmp_path: Path, kind: str, most:
             "train_epochs": 4,
             "optim_clip_grad": 1.0,
         }
-        assert exit_codes(start_ranks(2, counted, folder, changes)) == [0, 0]
+        assert exit_codes(start_ranks(2, counted, folder, changes, method)) == [0, 0]
         (name,) = {path.name for path in folder.iterdir() if path.is_file()}
-        counts[parts] = int(name)
-        tensors = load_checkpoint(folder / "run" / "checkpoints" / "step-00000012").tensors
-        ends[parts] = tensors["model"]
-    assert 12 <= counts[4] <= counts[1] <= most
-    if kind == "ddp":
-        assert counts[4] == counts[1]
+        most = 12 * (7 if kind == "fsdp" and method is BlockMethod else each)
+        assert 12 * each <= int(name) <= most, f"{parts} parts"
+        ends[parts] = load_checkpoint(folder / "run" / "checkpoints" / "step-00000012").tensors["model"]
     for name, value in ends[1].items():
         torch.testing.assert_close(ends[4][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
