@@ -131,9 +131,12 @@ def launchers(world: World) -> list[str]:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or (world.size > 1 and not dist.is_initialized()):
         return []
-    parent = os.getppid()
-    fields = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
-    return sorted(set(gather(f"{socket.gethostname()}:{parent}:{fields[19]}", world)))
+    parent, begun = os.getppid(), ""
+    with suppress(
+        OSError
+    ):  # a system without /proc tells no start times, which tell processes of one number apart
+        begun = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return sorted(set(gather(f"{socket.gethostname()}:{parent}:{begun}", world)))
 
 
 def _join(world: World, backend: str, timeout_seconds: float, collective_seconds: float) -> Watch:
@@ -193,7 +196,7 @@ def _farewell(world: World, watch: Watch) -> Iterator[None]:
     finally:
         watch.leave(reason)
         if reason and world.is_main and not is_kept_by_torchrun():
-            watch.wait_until_left()  # the store that the others look at is in this process
+            watch.wait_until_read()  # the store that the others look at is in this process
 
 
 def _first_line(error: BaseException) -> str:

@@ -123,9 +123,12 @@ class Watch:
             except RuntimeError as error:  # whoever kept the store has left before
                 log.debug("watch: the store is gone: %s", error)
 
-    def wait_until_left(self) -> None:
-        """Return once every other process has left or is silent; for the one that keeps the store."""
-        deadline = time.monotonic() + 4 * self.patience
+    def wait_until_read(self) -> None:
+        """Return once the others have left or had time to read why this process does; for the one with the store.
+
+        Not for longer: those that wait in a collective for this process are free once it is gone.
+        """
+        deadline = time.monotonic() + 4 * self.period
         others = [number for number in range(self.size) if number != self.rank]
         while time.monotonic() < deadline and self._read():
             if all(self._seen[number].ended is not None or self._is_silent(number) for number in others):
@@ -162,9 +165,10 @@ class Watch:
                 left.append(pulse.ended if is_told else told + pulse.ended)
             elif pulse.ended is None and self._is_silent(number):
                 silent.append(f"rank {number} died, last seen {pulse.doing}{_of_step(pulse)}")
-        if time.monotonic() - self._answered > self.patience:
-            return "the store of the processes does not answer: its host, or rank 0 which keeps it, is gone"
         causes = [sentence for sentence in left if _LOST not in sentence]
+        if time.monotonic() - self._answered > self.patience:
+            gone = "the store of the processes does not answer: its host, or rank 0 which keeps it, is gone"
+            return "; ".join(causes) or gone
         return "; ".join(silent + causes) or "; ".join(left)
 
     def _who_lags(self) -> str:

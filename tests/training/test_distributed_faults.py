@@ -50,6 +50,9 @@ class Faulty(ToyMethod):
                 time.sleep(3600)
             if self.fault == "leaves":
                 raise DataError("the images\nare gone")
+        if current_world().is_main and self.fault == "rank 0 leaves" and self.step(progress) == 6:
+            time.sleep(1.0)
+            raise DataError("the images\nare gone")
         return super().forward(views, progress)
 
 
@@ -98,6 +101,18 @@ def test_the_one_that_is_missed_is_named(fault: str, reason: str, codes: list[in
     assert time.monotonic() - begin < 45
     assert f"rank 0 of 2 lost the others: {reason}" in ended(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_others_learn_why_rank_0_left_though_it_kept_the_store(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin = time.monotonic()
+    assert exit_codes(start_ranks(2, faulty, tmp_path / "run", "rank 0 leaves")) == [3, 8]
+    assert time.monotonic() - begin < 20, "nobody waits for a time-out"
+    [report] = (tmp_path / "run" / "errors").glob("*rank-1-traceback.txt")
+    assert "lost the others: rank 0 ended while computing at step 6: the images" in report.read_text()
 
 
 def without_collectives(folder: Path) -> None:
