@@ -282,11 +282,20 @@ class OnlineMIoU:
         """Measure once; `miou` and `pixel_accuracy` are fractions in [0, 1]."""
         num_classes = len(self._tester.source.classes)
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        for image in self._tester.pictures(self._indices):
+        for image in self._pictures(method):
             truth, predicted = torch.from_numpy(image.truth), torch.from_numpy(image.predicted)
             confusion += confusion_matrix(predicted, truth, num_classes)
         scores = scores_of(confusion, self._tester.source.classes)
         return {name: scores[name] for name in ("miou", "pixel_accuracy") if scores[name] is not None}
+
+    def _pictures(self, method: Method) -> list[SegmentedImage]:
+        """By the method that the loop shows, which is a copy where the one in training lies in slices."""
+        assert isinstance(method, Segmentation)
+        trained, self._tester.method = self._tester.method, method
+        try:
+            return self._tester.pictures(self._indices)
+        finally:
+            self._tester.method = trained
 
 
 def monitors(config: SegmentConfig, tester: Tester, training: SegmentationSource) -> list[Monitor]:

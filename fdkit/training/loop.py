@@ -105,8 +105,9 @@ def train(
         if run.writes:
             save_recipe(method.exported, run.folder)  # so that checkpoints can be looked at before the end
         trainer.run_steps(loader, monitors, stop)
-        with trainer.whole() as whole:
-            export_student(whole, run)
+        if trainer.shards is not None:
+            trainer.shards.put_together()
+        export_student(method, run)
 
 
 class Trainer:
@@ -186,7 +187,7 @@ class Trainer:
         self.bad_steps = BadSteps(train.max_bad_steps)
         self.state = TrainingState(method, self.optimizer, self.shards, world, device)
         run.update(parallel=self.parallel.kind)
-        self.told_of_compilation = not train.compile
+        self.told_of_compilation = False
         self._last_save = time.monotonic()
 
     def update(self, batch: Batch) -> list[Verdict]:
@@ -363,7 +364,8 @@ class Trainer:
         if not self.told_of_compilation:
             self.told_of_compilation = True
             facts = compilation_facts()
-            self.run.update(compile=facts)
+            if facts["graphs"] or facts["limit_hit"] or self.config.compile:  # or of a teacher alone
+                self.run.update(compile=facts)
             if self.world.is_main:
                 warn_of_compilation(facts)
 

@@ -137,11 +137,7 @@ class Shards:
 
         Elsewhere it has no weights. Its weights are gone after the block.
         """
-        state = {}
-        for name, value in self.method.state_dict().items():
-            value = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.world.is_main:
-                state[name] = value
+        state = self._gathered(everywhere=False)
         if self.world.is_main:
             self._whole.load_state_dict(state, assign=True)
         del state
@@ -150,6 +146,24 @@ class Shards:
             yield self._whole
         finally:
             _forget_weights(self._whole)
+
+    def put_together(self) -> None:
+        """Make the method whole on every process again, as it was before it was cut; for when training is done."""
+        self._whole.load_state_dict(self._gathered(everywhere=True), assign=True)
+        self._whole.train(self.method.training)
+        self.method.__class__ = type(self._whole)
+        vars(self.method).clear()
+        vars(self.method).update(vars(self._whole))
+        self._pairs.clear()
+
+    def _gathered(self, *, everywhere: bool) -> dict[str, Tensor]:
+        """The whole tensors of the method's state, on rank 0 alone or on every process."""
+        state = {}
+        for name, value in self.method.state_dict().items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if everywhere or self.world.is_main:
+                state[name] = value
+        return state
 
 
 def whole_twin(method: Method) -> Method:

@@ -48,7 +48,11 @@ class Count:
 
 def run(folder: Path, changes: dict[str, Any] | None = None, method: type[Method] = BlockMethod) -> None:
     with Run.create(folder, CONFIG_YAML, resume=True, command=["toy"]) as opened:
-        train(method(), Pictures(), opened, **settings(monitors=[Count()], **(changes or {})))  # type: ignore[arg-type]
+        trained = method()
+        train(trained, Pictures(), opened, **settings(monitors=[Count()], **(changes or {})))  # type: ignore[arg-type]
+        assert type(trained) is method
+        assert same_bits(trained.state_dict(), read_group(newest(folder), "model")), "whole on every process"
+        trained([torch.rand(2, 3, 4, 4)], 0.0)["loss"].backward()
 
 
 def run_on(count: int, folder: Path, **changes: Any) -> Path:
