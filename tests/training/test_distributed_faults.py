@@ -74,7 +74,8 @@ def faulty(folder: Path, fault: str) -> None:
     method.fault = fault
     source: Any = Stuck() if fault == "reads" else Pictures()
     with process_group(CPU, SECONDS), Run.create(folder, CONFIG_YAML) as run:
-        train(method, source, run, **settings(train_timeout_seconds=SECONDS))
+        batch = 4 * current_world().size
+        train(method, source, run, **settings(train_batch_size=batch, train_timeout_seconds=SECONDS))
 
 
 def ended(folder: Path) -> str:
@@ -113,6 +114,17 @@ def test_others_learn_why_rank_0_left_though_it_kept_the_store(
     assert time.monotonic() - begin < 20, "nobody waits for a time-out"
     [report] = (tmp_path / "run" / "errors").glob("*rank-1-traceback.txt")
     assert "lost the others: rank 0 ended while computing at step 6: the images" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_all_that_are_left_name_the_one_that_died_not_each_other(tmp_path: Path) -> None:
+    assert exit_codes(start_ranks(3, faulty, tmp_path / "run", "dies")) == [8, -9, 8]
+    assert "rank 0 of 3 lost the others: rank 1 died, last seen computing at step 6" in ended(
+        tmp_path / "run"
+    )
+    [report] = (tmp_path / "run" / "errors").glob("*rank-2-traceback.txt")
+    assert "rank 2 of 3 lost the others: rank 1 died, last seen computing at step 6" in report.read_text()
 
 
 def without_collectives(folder: Path) -> None:
