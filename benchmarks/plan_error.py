@@ -203,7 +203,7 @@ def cpu_rows() -> list[dict[str, Any]]:
         child.join()
         method = described(name, model)
         weights = cost.count_weights(method)
-        step, twice = (traced(method, size, on_gpu=False) for size in (batch_size, 2 * batch_size))
+        step = traced(method, batch_size, on_gpu=False)
         predicted = cost.step_seconds(
             step,
             cost.Rates(rates.matmul_flops, rates.bandwidth, 0.0),
@@ -212,8 +212,7 @@ def cpu_rows() -> list[dict[str, Any]]:
         label = f"{name} {model} on this CPU, batch {batch_size}"
         reached = step.total_flops * batch_size / seconds / rates.matmul_flops
         rows.append(row(label, predicted, seconds, "s", utilisation=round(reached, 3)))
-        memory = cost.footprint(weights, "adamw", step, twice)
-        growth = memory.at(batch_size) - 4 * weights.held - weights.teacher_bytes
+        growth = step.peak_bytes + cost.optimizer_bytes("adamw") * weights.trained
         rows.append(row(label, growth, grown, "bytes"))
     return rows
 

@@ -93,7 +93,7 @@ def _forecast_here(
         subject, num_processes=world.size, precision=precision, on_gpu=device.type == "cuda"
     )
     weights = cost.count_weights(method)
-    memory = cost.footprint(weights, config.optim.name, traces.step, traces.twice)
+    memory = cost.footprint(weights, config.optim.name, traces.step, traces.large)
     peak, peak_source, rates = device_rates(device, precision)
     parts = 1 if config.train.cached_batch else config.train.accumulate
     update = cost.update_traffic(weights, config.optim.name) / parts

@@ -18,6 +18,8 @@ from fdkit.training.progress import duration
 from fdkit.training.trace import Trace, trace_step
 
 GB = 1e9
+LARGE_BATCH = 256
+"""Images at which activations, rather than gradients, decide what memory a step needs, but for the smallest networks."""
 READ_SECONDS = 1 / 302
 """A core's, for an image of about 500 x 375 pixels and one crop: benchmarks/results/data_path.json, with Pillow."""
 MIN_CACHE_GAIN = 1.15
@@ -41,10 +43,10 @@ class Subject(NamedTuple):
 
 
 class Traces(NamedTuple):
-    """Of one process's batch, of twice that, and of that with activation checkpointing where the network offers it."""
+    """Of one process's batch, of a larger one, and of its own with activation checkpointing where that is offered."""
 
     step: Trace
-    twice: Trace
+    large: Trace
     checkpointed: Trace | None
 
 
@@ -58,6 +60,11 @@ def micro_batch(train: TrainConfig, num_processes: int) -> int:
             f"use --train.batch-size {max(1, round(train.batch_size / parts)) * parts}, or another --gpus",
         )
     return train.batch_size // (num_processes if train.cached_batch else parts)
+
+
+def larger_batch(size: int) -> int:
+    """A multiple of a batch, at least four times as large, whose memory grows with its images alone."""
+    return size * max(4, math.ceil(LARGE_BATCH / size))
 
 
 def trace(subject: Subject, *, num_processes: int, precision: Any, on_gpu: bool) -> Traces:
@@ -87,7 +94,9 @@ def trace(subject: Subject, *, num_processes: int, precision: Any, on_gpu: bool)
             checkpointed = traced(size, checkpointing=True)
         except FdkitError:
             checkpointed = None  # the network does not offer it
-    return Traces(traced(size, checkpointing=own), traced(2 * size, checkpointing=own), checkpointed)
+    return Traces(
+        traced(size, checkpointing=own), traced(larger_batch(size), checkpointing=own), checkpointed
+    )
 
 
 def forecast(
@@ -100,7 +109,7 @@ def forecast(
     precision = "fp32" if config.train.precision == "fp32" else "bf16"
     traces = trace(subject, num_processes=num_gpus, precision=precision, on_gpu=True)
     weights = cost.count_weights(subject.method)
-    memory = cost.footprint(weights, config.optim.name, traces.step, traces.twice)
+    memory = cost.footprint(weights, config.optim.name, traces.step, traces.large)
     numbers = general(subject, traces.step, weights, precision)
     devices = [
         _on_gpu(subject, traces, weights, memory, gpu, precision, num_gpus, cores, price) for gpu in gpus

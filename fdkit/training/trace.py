@@ -64,7 +64,7 @@ def trace_step(
     """Forward and backward of a batch of one process, without computing.
 
     The method may be on any device, also on "meta", and stays as it is. on_gpu: attention takes the way it takes there,
-    fused, rather than a CPU's. cached_parts: that networks take the batch in, as train.cached_batch has them.
+    fused also with a learned bias, rather than a CPU's. cached_parts: that networks take the batch in, as train.cached_batch has them.
     duration: of the run, with this batch_size as its part_size.
     Raises what the method raises for a batch it cannot use.
     """
@@ -83,15 +83,15 @@ def trace_step(
     counter = _Counter()
     with ExitStack() as stack:
         stack.enter_context(mode)
-        batch: list[Tensor] = [
-            torch.empty(rate * batch_size, *shape, dtype=dtype) for rate, shape, dtype in views
-        ]
-        labels = [torch.zeros(batch_size, dtype=torch.int64)] if method.needs_labels else []
+        # Attention that PyTorch does itself is fused on any device; a mode would not reach what is computed twice.
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _FusedAttention(counter)))
         if on_gpu:
             stack.enter_context(patch.object(attention, "attention_path", lambda *_, **__: "sdpa"))
-            # A mode would not reach what activation checkpointing computes again.
-            stack.enter_context(patch.object(F, "scaled_dot_product_attention", _FusedAttention(counter)))
         stack.enter_context(counter)
+        batch: list[Tensor] = [
+            torch.zeros(rate * batch_size, *shape, dtype=dtype) for rate, shape, dtype in views
+        ]
+        labels = [torch.zeros(batch_size, dtype=torch.int64)] if method.needs_labels else []
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         with watched(twin, counter.enter, counter.leave), autocast:
             loss = twin(batch, 0.5, *labels)["loss"]
