@@ -1,6 +1,9 @@
 """Every method with its blocks in slices on two processes, against the same method whole on each of them."""
 
+import json
+import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fdkit.data.views import CropConfig, RandomCrop
+from fdkit.errors import WeightsError
 from fdkit.methods._method import Method
 from fdkit.methods.feature_distillation import FeatureDistillation, FeatureDistillationConfig
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import build_timm
 from fdkit.models.student import StudentConfig, build_student
+from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.distributed import World
 from fdkit.training.optimizer import OptimizerConfig, build_optimizer
@@ -128,3 +133,64 @@ def test_a_method_in_slices_is_the_method(trained: Path, name: str) -> None:
             "whatever is in the student's blocks, but for tables of positions"
         )
         assert facts["here"] == pytest.approx(facts["all"] - facts["cut"] / 2, rel=0.01)
+
+
+def pretrain_in_slices(rank: int, folder: str, port: int) -> None:
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    config = contracts.configuration(
+        "byol",
+        train={
+            "epochs": 0.1,
+            "batch_size": 32,
+            "log_every_steps": 2,
+            "save_every_steps": 2,
+            "precision": "fp32",
+            "parallel": "fsdp",
+            "activation_checkpointing": True,
+        },
+        optim={
+            "name": "adamw",
+            "lr": 2e-3,
+            "lr_reference_batch": None,
+            "warmup_epochs": 0.05,
+            "clip_grad": 3.0,
+        },
+        monitor={"every_epochs": 0.05, "max_images": 64},
+        output=Path(folder) / "run",  # type: ignore[arg-type]
+        device="cpu",  # type: ignore[arg-type]
+    )
+    contracts.pretrain.run(config, handle_signals=False)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_command_in_slices_measures_exports_and_its_checkpoints_are_models(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(pretrain_in_slices, args=(str(tmp_path), port), nprocs=2)
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("monitor/knn_top1" in line for line in lines)
+    assert json.loads((run / "run.json").read_text())["parallel"] == "fsdp"
+    last = sorted((run / "checkpoints").iterdir())[-1]
+    assert (last / "shards.json").is_file()
+    finished, kept = load_teacher(str(run)), load_teacher(str(last))
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(finished.encode(images).patches, kept.encode(images).patches)
+    assert kept.sha256 != finished.sha256
+    part = last / "model-00002-of-00002.safetensors"
+    assert torch.equal(load_teacher(str(part)).encode(images).patches, kept.encode(images).patches)
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"the SHA-256 of model-00002-of-00002\.safetensors is wrong"):
+        load_teacher(str(last))
