@@ -1,12 +1,15 @@
 """How a method is spread over processes: what travels, in which numbers, compiled or not, and when blocks are cut."""
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from block_toys import BlockMethod, PlainBlockMethod
 from torch import Tensor, nn
 from training_toys import (
@@ -23,7 +26,7 @@ from fdkit.errors import OutputError, ResourceError
 from fdkit.methods._method import Method
 from fdkit.training import checkpoint as checkpoint_module
 from fdkit.training.checkpoint import load_checkpoint
-from fdkit.training.distributed import World, process_group
+from fdkit.training.distributed import World, local_device, process_group
 from fdkit.training.loop import train
 from fdkit.training.parallel import Parallel, parallel
 from fdkit.training.run import Run
@@ -211,3 +214,33 @@ def test_one_process_calls_the_method_itself() -> None:
     spread = parallel(method, World(0, 1, 0), CPU)
     assert spread.module is method
     assert spread.kind == "one process"
+
+
+def on_gpus(rank: int, folder: str, kind: str, port: int) -> None:
+    """Every process on a GPU of its own, through nccl."""
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    run(Path(folder), {"train_parallel": kind, "device": local_device("cuda")})
+
+
+@pytest.mark.gpu
+@RANKS
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_agree_on_slices_and_copies(tmp_path: Path) -> None:
+    for kind in ("ddp", "fsdp"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        mp.spawn(on_gpus, args=(str(tmp_path / kind), kind, port), nprocs=2)
+    one, other = (
+        load_checkpoint(tmp_path / kind / "checkpoints" / "step-00000024").tensors["model"]
+        for kind in ("ddp", "fsdp")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4, msg=name)
