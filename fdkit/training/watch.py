@@ -173,16 +173,18 @@ class Watch:
 
     def _who_lags(self) -> str:
         """The processes that are furthest behind, if some are."""
-        here = self._all()
-        places = [(pulse.step, DOINGS.index(pulse.doing)) for pulse in here]
-        last = min(places)
-        return self._stand_still(
-            [n for n, place in enumerate(places) if place == last and max(places) > last]
-        )
+        places = {
+            number: (pulse.step, DOINGS.index(pulse.doing))
+            for number, pulse in enumerate(self._all())
+            if pulse.ended is None
+        }
+        last, first = min(places.values()), max(places.values())
+        return self._stand_still([number for number, place in places.items() if first > place == last])
 
     def _who_hangs(self) -> str:
         """The processes in which no collective failed, although one did in this process."""
-        return self._stand_still([number for number, pulse in enumerate(self._all()) if not pulse.is_broken])
+        here = enumerate(self._all())
+        return self._stand_still([n for n, pulse in here if pulse.ended is None and not pulse.is_broken])
 
     def _all(self) -> list[Pulse]:
         return [self._pulse if number == self.rank else pulse for number, pulse in enumerate(self._seen)]

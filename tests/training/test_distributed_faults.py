@@ -266,3 +266,15 @@ def test_one_that_is_done_is_not_missed(clock: Clock) -> None:
     both[1].leave("")
     pass_time(clock, 40, both[:1])
     assert both[0]._verdict() == ""
+
+
+def test_one_that_is_done_hides_none_that_hangs(clock: Clock) -> None:
+    three = watches(3)
+    for watch in three:
+        watch.mark(3, "computing")
+    pass_time(clock, 2, three)
+    three[1].leave("")
+    three[0].mark(4, "computing")
+    three[2].mark(4, "reading images")
+    pass_time(clock, 63, [three[0], three[2]])
+    assert three[0]._verdict() == "rank 2 hangs: reading images at step 4 for 62 s"
