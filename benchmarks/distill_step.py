@@ -35,6 +35,7 @@ from fdkit.models.attention import attention_path
 from fdkit.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Preprocessing
 from fdkit.models.fast_beit import use_batched_depth
 from fdkit.models.libraries import build_timm
+from fdkit.models.regions import compile_teacher
 from fdkit.models.student import StudentConfig, build_student
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.compiling import compile_regions
@@ -84,7 +85,7 @@ def fdkit_step(
         use_batched_depth(method.student.network)
     if compiled:
         compile_regions(method)
-        method.teacher.backbone.compile()
+        compile_teacher(method.teacher.backbone.network, case.model)
     optimizer = build_optimizer(method, OPTIM)
     parameters = list(method.parameters())
 

@@ -27,6 +27,7 @@ from fdkit.methods.feature_distillation import (
     check_targets,
 )
 from fdkit.models.fast_beit_attention import attention_facts
+from fdkit.models.regions import compile_teacher
 from fdkit.models.student import StudentConfig, build_student
 from fdkit.teachers.licensing import UNSTATED
 from fdkit.teachers.low_precision import quantise_checked, require_float8
@@ -61,7 +62,7 @@ class DistillConfig(ModelOptions, TrainingCommand):
     """Of the teacher's weights and arithmetic; the target is whitened in float32 whichever it is. fp8 takes a GPU that
     computes in it and torchao, and is refused where it changes what the teacher says."""
     teacher_compile: bool = False
-    """Compile the teacher with torch.compile: minutes at the start, faster steps after."""
+    """Compile the teacher's blocks with torch.compile, one graph for those alike: a slow start, then faster steps."""
     student: StudentConfig = StudentConfig()
     distillation: FeatureDistillationConfig = FeatureDistillationConfig()
     views: CropConfig = CropConfig()
@@ -189,7 +190,7 @@ def load_teachers(config: DistillConfig, source: ImageSource) -> tuple[list[Teac
         facts["float8"] = {one.name: quantise_checked(one.to(device), images) for one in teachers}
         if config.teacher_compile:
             for one in teachers:
-                one.backbone.compile()
+                compile_teacher(one.backbone.network, one.name)
     return teachers, facts
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fdkit.errors import ConfigError
 from fdkit.models.fast_beit_attention import FastAttention, FastRelativePositionBias
-from fdkit.models.stochastic_depth import draw_kept
+from fdkit.models.stochastic_depth import BufferedDropPath, draw_kept
+
+DROPPING = (DropPath, BufferedDropPath)
 
 
 def accelerate(network: nn.Module) -> None:
@@ -67,8 +69,13 @@ class BatchedBlock(FastBlock):
         return run(x, shared_rel_pos_bias, attended, mixed)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile what follows the draws: inside a graph, every block's number of samples would be one of its own."""
-        self.__dict__["_compiled_kept"] = torch.compile(self._forward_kept, *args, **kwargs)
+        """Compile what follows the draws: inside a graph, every block's number of samples would be one of its own.
+
+        So that number is left open, whatever `dynamic` asks for.
+        """
+        self.__dict__["_compiled_kept"] = torch.compile(
+            self._forward_kept, *args, **{**kwargs, "dynamic": None}
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not compiled, as with nn.Module's own: the compiled function belongs to this very block.
@@ -100,7 +107,7 @@ def use_batched_depth(network: nn.Module) -> None:
             f"student.drop_path_mode batched: {type(network).__name__} has no batched stochastic depth",
             "use --student.drop-path-mode bernoulli, or a ViT student built like its teacher",
         )
-    if not any(isinstance(module, DropPath) for module in network.modules()):
+    if not any(isinstance(module, DROPPING) for module in network.modules()):
         raise ConfigError(
             "student.drop_path_mode batched has no effect with student.drop_path 0",
             "set --student.drop-path 0.2",
@@ -111,7 +118,7 @@ def use_batched_depth(network: nn.Module) -> None:
 
 def _drawn(x: Tensor, drop_path: nn.Module) -> Tensor | None:
     """Which samples of x (B, ...) take part in a branch; None for all."""
-    if not isinstance(drop_path, DropPath):
+    if not isinstance(drop_path, DROPPING):
         return None
     return draw_kept(x.shape[0], drop_path.drop_prob, x.device)
 
@@ -130,7 +137,7 @@ def _residual(
     x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor | None, drop_path: nn.Module
 ) -> Tensor:
     """The sum x + drop_path(gamma * branch(x)), x (B, N, C), with the branch computed for the kept samples alone."""
-    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0:
+    if not isinstance(drop_path, DROPPING) or not drop_path.training or drop_path.drop_prob == 0:
         return x + _scaled(branch(x), gamma, 1.0)
     keep_prob = 1 - drop_path.drop_prob
     kept = x.new_empty(x.shape[0]).bernoulli_(keep_prob).nonzero().squeeze(1)

@@ -40,6 +40,7 @@ class BufferedDropPath(nn.Module):
         """drop_prob: in [0, 1); scale_by_keep: divide what is kept by 1 - drop_prob; always: in evaluation mode too."""
         super().__init__()
         self.register_buffer("keep_prob", torch.tensor(1 - drop_prob), persistent=False)
+        self.drop_prob = drop_prob  # for what runs outside a graph
         self.scale_by_keep = scale_by_keep
         self.always = always
 

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from fdkit.errors import ConfigError
+from fdkit.models.regions import compile_teacher
 from fdkit.teachers.building import with_preprocessing
 from fdkit.teachers.model import load_model
 from fdkit.teachers.request import Loaded, Request
@@ -41,7 +42,7 @@ def load_teacher(
     keep_head: keep the model's own classifier (timm names and files of a named architecture; open_clip towers always
         have their projection), so that `backbone.logits` answers.
     precision: of the weights and the arithmetic; input statistics and resizing stay in float32.
-    compile: compile the network with torch.compile; the first batch of a size then takes minutes.
+    compile: compile the network's blocks with torch.compile, one graph for those alike, when they first run.
     Raises ConfigError for a name or size that cannot be, WeightsError for weights that are missing, damaged, unsafe,
     not finite, or of another architecture.
     """
@@ -86,5 +87,5 @@ def load_audited(request: Request) -> tuple[Loaded, Teacher]:
     if request.precision == "bf16":
         teacher = teacher.to(torch.bfloat16)
     if request.compile:
-        backbone.compile()
+        compile_teacher(backbone.network, request.name)
     return loaded, teacher

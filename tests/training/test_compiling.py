@@ -1,5 +1,6 @@
 """Regional compilation: one graph for blocks that are alike, and words for what the compiler leaves out."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -10,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fdkit.models.fast_beit import accelerate, use_batched_depth
+from fdkit.models.regions import RECOMPILE_LIMIT, compile_blocks, repeated_blocks
 from fdkit.models.stochastic_depth import BufferedDropPath, add_stochastic_depth, buffer_drop_rates
-from fdkit.training import compiling
 from fdkit.training.compiling import (
     compilation_facts,
     compile_regions,
     forget_compilations,
-    repeated_blocks,
     warn_of_compilation,
 )
 
@@ -33,7 +33,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     forget_compilations()
     whole, one = nn.Module.compile, torch.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: whole(self, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: whole(self, backend="eager", **how))
     monkeypatch.setattr(torch, "compile", lambda f, *a, **k: one(f, *a, **{"backend": "eager", **k}))
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):
         yield
@@ -59,11 +59,8 @@ def test_blocks_that_differ_in_their_drop_rate_alone_share_a_graph(
     """timm's own drop paths make one graph for each of the 12 until the limit of 8 is hit."""
     network = timm.create_model(name, drop_path_rate=0.3, **args).train()
     accelerate(network)
-    blocks = list(repeated_blocks(network))
-    assert len(blocks) == 12
-    for block in blocks:
-        buffer_drop_rates(block)
-        block.compile()
+    assert compile_blocks(network) == 12
+    torch._dynamo.config.recompile_limit = 8
     for _ in range(2):
         step(network, args["img_size"])
     facts = compilation_facts()
@@ -87,13 +84,18 @@ def test_batched_depth_shares_graphs_whatever_number_of_samples_is_kept() -> Non
     network = timm.create_model("beit_base_patch16_224", drop_path_rate=0.5, **BEIT).train()
     accelerate(network)
     use_batched_depth(network)
-    for block in repeated_blocks(network):
-        buffer_drop_rates(
-            block.attn
-        )  # nothing to find there: the block's own drop paths say how many are kept
-        block.compile()
-    for _ in range(2):
-        step(network, 32)
+    plain = copy.deepcopy(network)
+    assert compile_blocks(network) == 12
+    images = torch.rand(8, 3, 32, 32)
+    for seed in range(2):
+        outputs = []
+        for one in (network, plain):
+            torch.manual_seed(seed)
+            outputs.append(one.forward_features(images))
+        torch.testing.assert_close(*outputs)  # which drop the same samples
+        outputs[0].sum().backward()
+    torch.testing.assert_close(network.eval()(images), plain.eval()(images))
+    assert not torch.allclose(network.train().forward_features(images), outputs[0])
     facts = compilation_facts()
     assert 0 < facts["graphs"] <= 4  # dropping nothing; one number kept; any number kept; gradients' shapes
     assert not facts["limit_hit"]
@@ -135,7 +137,7 @@ def test_a_method_is_compiled_by_its_blocks_and_its_teachers_are_left_to_their_o
     }
     method = build_method(validate(config_class("mocov3"), values, "test"))
     assert compile_regions(method) == 6  # three of the student, three of its momentum copy
-    assert torch._dynamo.config.recompile_limit == compiling.RECOMPILE_LIMIT
+    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
     assert torch._dynamo.config.optimize_ddp is False
 
 
@@ -168,6 +170,20 @@ def test_a_buffered_rate_has_timms_distribution_and_is_no_state() -> None:
     assert torch.equal(drop.eval()(out), out)
     assert BufferedDropPath(0.3, scale_by_keep=False).train()(torch.ones(100, 1)).unique().tolist() == [0, 1]
     assert 0 < BufferedDropPath(0.5, always=True).eval()(torch.ones(100, 1)).mean() < 2
+
+
+def test_blocks_that_leave_out_dropped_samples_do_so_with_a_buffered_rate_too() -> None:
+    """Outside a graph, as where the compiler gave up."""
+    network = timm.create_model("beit_base_patch16_224", drop_path_rate=0.5, **BEIT).train()
+    accelerate(network)
+    torch.manual_seed(1)
+    images = torch.rand(8, 3, 32, 32)
+    torch.manual_seed(2)
+    expected = network.forward_features(images)
+    for block in repeated_blocks(network):
+        buffer_drop_rates(block)
+    torch.manual_seed(2)
+    torch.testing.assert_close(network.forward_features(images), expected)
 
 
 def test_a_teachers_own_depth_is_buffered_too() -> None:
