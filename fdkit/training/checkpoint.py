@@ -109,9 +109,7 @@ def save_parts(
 
     def write() -> dict[str, Any]:
         own = {
-            group: {
-                name: one for name, one in tensors.items() if world.is_main or name in rows.get(group, {})
-            }
+            group: {name: one for name, one in tensors.items() if world.is_main or name in rows[group]}
             for group, tensors in content.tensors.items()
         }
         _require_space(partial, content._replace(tensors=own))
