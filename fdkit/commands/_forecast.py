@@ -19,7 +19,7 @@ from fdkit.training.trace import Trace, trace_step
 
 GB = 1e9
 LARGE_BATCH = 256
-"""Images at which activations, rather than gradients, decide what memory a step needs, but for the smallest networks."""
+"""Images at which activations, rather than gradients, decide what memory a step needs."""
 READ_SECONDS = 1 / 302
 """A core's, for an image of about 500 x 375 pixels and one crop: benchmarks/results/data_path.json, with Pillow."""
 MIN_CACHE_GAIN = 1.15
@@ -403,9 +403,9 @@ def details(numbers: dict[str, Any]) -> Iterator[str]:
         "a worker is a core"
     )
     yield (
-        f"expected: step times within {cost.MAX_ERROR_PERCENT} % and memory within {cost.MAX_MEMORY_ERROR_PERCENT} % in "
-        f"the runs it was tried on ({cost.CALIBRATED_ON}); other devices by their data sheets; what GPUs exchange is "
-        "not counted"
+        f"expected: step times within {cost.MAX_ERROR_PERCENT} % and memory within {cost.MAX_MEMORY_ERROR_PERCENT} % "
+        f"in the runs it was tried on ({cost.CALIBRATED_ON}); other devices by their data sheets; what GPUs exchange "
+        "is not counted"
     )
 
 

@@ -64,7 +64,8 @@ def trace_step(
     """Forward and backward of a batch of one process, without computing.
 
     The method may be on any device, also on "meta", and stays as it is. on_gpu: attention takes the way it takes there,
-    fused also with a learned bias, rather than a CPU's. cached_parts: that networks take the batch in, as train.cached_batch has them.
+    fused also with a learned bias, rather than a CPU's. cached_parts: that networks take the batch in, as
+    train.cached_batch has them.
     duration: of the run, with this batch_size as its part_size.
     Raises what the method raises for a batch it cannot use.
     """
