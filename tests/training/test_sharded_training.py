@@ -201,6 +201,8 @@ def test_a_missing_or_damaged_part_costs_the_steps_since_the_checkpoint_before(
     "changes",
     [
         {"train_accumulate": 2},
+        {"train_accumulate": 2, "train_cached_batch": True},
+        {"train_activation_checkpointing": True, "train_checkpoint_every": 2},
         {"optim_clip_grad": 0.01, "optim_clip_each_parameter": True},
         {"optim_clip_grad": 0.01},
         {"optim_name": "sgd"},
