@@ -74,6 +74,7 @@ class Shards:
         self.blocks: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
         self.names = [name for name, value in method.named_parameters() if isinstance(value, DTensor)]
         self._pairs: list[tuple[DTensor, nn.Parameter]] = []
+        self._marked: tuple[tuple[int, ...], Tensor] | None = None
 
     def take_over(self, optimizer: Optimizer) -> None:
         """Have the optimiser move this process's slices, as plain tensors.
@@ -111,12 +112,17 @@ class Shards:
         """(P,): the norm of every parameter's whole gradient, in order; one exchange for all."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         squares = torch.stack(torch._foreach_norm(gradients)).square()
-        own = {id(slice_) for _, slice_ in self._pairs}
-        is_cut = torch.tensor([id(one) in own for one in parameters if one.grad is not None])
-        is_cut = is_cut.to(squares.device, non_blocking=True)
+        is_cut = self._marks(tuple(id(one) for one in parameters if one.grad is not None), squares.device)
         total = squares * is_cut
         dist.all_reduce(total)
         return torch.where(is_cut, total, squares).sqrt()
+
+    def _marks(self, identities: tuple[int, ...], device: torch.device) -> Tensor:
+        """(P,): which of these are slices; kept on the device, as what trains seldom changes."""
+        if self._marked is None or self._marked[0] != identities:
+            own = {id(slice_) for _, slice_ in self._pairs}
+            self._marked = (identities, torch.tensor([one in own for one in identities], device=device))
+        return self._marked[1]
 
     def rows_of_slices(self) -> dict[int, Rows]:
         """By the identity of what the optimiser moves, which rows of a parameter it is."""
