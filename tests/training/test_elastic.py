@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import elastic_toy
 import pytest
-from training_toys import CONFIG_YAML, final_weights, same_bits, untimed_metrics
+from training_toys import CONFIG_YAML, exit_codes, final_weights, same_bits, start_ranks, untimed_metrics
 
 from fdkit.commands._command import default_output
 from fdkit.errors import ConfigError
@@ -44,8 +45,7 @@ def run_toy(folder: Path, how: str, *options: str, **environment: str) -> tuple[
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing disturbed."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    code, output = run_toy(folder, "new")
-    assert code == 0, output
+    assert exit_codes(start_ranks(2, elastic_toy.main, folder, "new")) == [0, 0]
     return folder
 
 
