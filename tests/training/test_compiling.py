@@ -1,14 +1,17 @@
 """Regional compilation: one graph for blocks that are alike, and words for what the compiler leaves out."""
 
 import copy
+import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from training_toys import train_toy
 
 from fdkit.models.fast_beit import accelerate, use_batched_depth
 from fdkit.models.regions import RECOMPILE_LIMIT, compile_blocks, repeated_blocks
@@ -192,3 +195,15 @@ def test_a_teachers_own_depth_is_buffered_too() -> None:
     buffer_drop_rates(network)
     rates = [m.keep_prob.item() for m in network.modules() if isinstance(m, BufferedDropPath)]
     assert rates == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("graphs", [0, 3])
+def test_a_run_says_what_was_compiled_of_a_teacher_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, graphs: int
+) -> None:
+    facts = {"graphs": graphs, "graph_breaks": {"a print": 2} if graphs else {}, "limit_hit": False}
+    monkeypatch.setattr("fdkit.training.loop.compilation_facts", lambda: facts)
+    train_toy(tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "run.json").read_text()).get("compile")
+    assert said == (facts if graphs else None)
+    assert ("run uncompiled: a print (2 times)" in caplog.text) == bool(graphs)
