@@ -1,8 +1,8 @@
 """The method that a training command describes, as it would be built, but without weights: nothing is downloaded."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +25,8 @@ COMMANDS = ("distill", "pretrain", "finetune", "segment")
 """Commands that train."""
 WITHOUT_VALUES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 """What weights are made with."""
+Mode = Callable[[], AbstractContextManager[Any]]
+"""Makes the context in which networks are built."""
 SMALL = 1 << 16
 """Numbers in a tensor below which it has its values: networks look into some, and join them with others."""
 
@@ -36,33 +38,43 @@ def blueprint(command: str, config: Any, *, num_classes: int) -> Method:
     a model whose network is known only from a file that is not on this machine.
     """
     with _quiet(), _downloading_nothing():
-        if command == "distill":
-            return _distillation(config)
-        if command == "pretrain":
-            network = config.network.model_copy(update={"init": None})
-            with _WithoutValues():
-                return pretrain.build_method(config.model_copy(update={"network": network}))
-        model = unloaded(config, config.model)
-        with _WithoutValues():
-            if command == "finetune":
-                classes = tuple(str(number) for number in range(num_classes))
-                return finetune.build_method(config.model_copy(update={"pretrained": False}), model, classes)
-            return segment.build_method(config, model, num_classes=num_classes)
+        try:
+            return _build(command, config, num_classes, _WithoutValues)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+    log.info("built with random weights, which takes longer: %s", reason)
+    with _quiet(), _downloading_nothing():
+        return _build(command, config, num_classes, nullcontext)
 
 
-def _distillation(config: distill.DistillConfig) -> Method:
+def _build(command: str, config: Any, num_classes: int, mode: Mode) -> Method:
+    if command == "distill":
+        return _distillation(config, mode)
+    if command == "pretrain":
+        network = config.network.model_copy(update={"init": None})
+        with mode():
+            return pretrain.build_method(config.model_copy(update={"network": network}))
+    model = unloaded(config, config.model, mode)
+    with mode():
+        if command == "finetune":
+            classes = tuple(str(number) for number in range(num_classes))
+            return finetune.build_method(config.model_copy(update={"pretrained": False}), model, classes)
+        return segment.build_method(config, model, num_classes=num_classes)
+
+
+def _distillation(config: distill.DistillConfig, mode: Mode) -> Method:
+    is_whole = config.teacher_precision == "fp32"  # fp8 weights are made of bf16 ones
     teachers = [
         unloaded(
             config,
             name,
+            mode,
             keep_head=config.distillation.target == "logits",
-            precision="fp32"
-            if config.teacher_precision == "fp32"
-            else "bf16",  # fp8 weights are made of these
+            precision="fp32" if is_whole else "bf16",
         )
         for name in config.teachers
     ]
-    with _WithoutValues():
+    with mode():
         student = build_student(
             config.student, teachers[0].backbone, image_size=config.views.image_size, seed=config.seed
         )
@@ -71,7 +83,7 @@ def _distillation(config: distill.DistillConfig) -> Method:
         )
 
 
-def unloaded(config: Any, name: str, **options: Any) -> Teacher:
+def unloaded(config: Any, name: str, mode: Mode, **options: Any) -> Teacher:
     """A MODEL's network: of a name, without weights; of a file or folder on this machine, with them."""
     is_named = name in CATALOG or name.partition(":")[0] in ("timm", "open_clip")
     if not is_named:
@@ -83,7 +95,7 @@ def unloaded(config: Any, name: str, **options: Any) -> Teacher:
                 "run `fdkit doctor` on it once, or name a model of the same architecture, such as timm:NAME",
             ) from error
     loading = config.loading() | {"pretrained": False}
-    with _WithoutValues():
+    with mode():
         return load_teacher(name, **loading, seed=config.seed, **options)
 
 
