@@ -159,7 +159,7 @@ def cpu_step(name: str, model: str, batch_size: int, queue: Any) -> None:
     method.begin(DURATION._replace(batch_size=batch_size, part_size=batch_size))
     optimizer = build_optimizer(method, OptimizerConfig())
     views = [torch.rand(batch_size, 3, 224, 224) for _ in range(method.views.num_views)]
-    rates = measure_device(torch.device("cpu"), "bf16")
+    rates = measure_device(torch.device("cpu"), "bf16", clock=time.process_time)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(4):

@@ -27,6 +27,9 @@ PRETRAIN = [
 ]  # fmt: skip
 DISTILL = ["distill", "--teacher", "demo", "--data", "demo", "--device", "cpu", "--train.batch-size", "8"]
 
+ANY_MODEL = "timm:vit_base_patch16_224.mae"
+MODELS = {"segment/dinov2_linear": "dinov2_vits", "finetune/demo": "demo"}
+
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
@@ -143,7 +146,7 @@ def described(name: str) -> tuple[str, Any, Method]:
     module = importlib.import_module(f"fdkit.commands.{command}")
     kind = module.config_class(values["method"]) if command == "pretrain" else module.config_class()
     if "model" in kind.model_fields:
-        values.setdefault("model", "timm:vit_base_patch16_224.mae")
+        values.setdefault("model", MODELS.get(name, ANY_MODEL))
     if command == "distill":
         values.setdefault("teacher", "clip_vitb")
     config = validate(kind, values, name)
