@@ -108,8 +108,9 @@ def measure_device(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.full((size, size), 0.01, dtype=dtype, device=device) for _ in range(2))
     numbers = torch.zeros(1 << 24, device=device)
+    sums = torch.zeros_like(numbers)  # made before: the first touch of new memory is another cost
     products = _median_seconds(lambda: left @ right, device, repeats, clock)
-    additions = _median_seconds(lambda: numbers.add(1.0), device, repeats, clock)
+    additions = _median_seconds(lambda: torch.add(numbers, 1.0, out=sums), device, repeats, clock)
     return DeviceRates(2 * size**3 / products, 2 * numbers.numel() * numbers.element_size() / additions)
 
 
