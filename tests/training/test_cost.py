@@ -107,8 +107,7 @@ def kept_bytes(method: Method, batch_size: int) -> int:
 
 
 def test_memory_an_image_is_what_autograd_keeps_and_little_more() -> None:
-    heads = {"hidden_dim": 16, "output_dim": 8}  # whose gradients are small beside the activations
-    module = tiny("mocov3", mocov3=heads).train()
+    module = tiny("mae").train()
     kept = (kept_bytes(module, 192) - kept_bytes(module, 128)) / 64
     small, large = (traced(module, size, precision="fp32", on_gpu=False) for size in (128, 192))
     memory = cost.footprint(cost.count_weights(module), "adamw", small, large)
@@ -144,8 +143,8 @@ def test_activation_checkpointing_costs_a_forward_pass_and_saves_memory() -> Non
 
 def test_a_batch_in_cached_parts_takes_less_memory_and_more_operations() -> None:
     method = pretraining("mocov3", network={"architecture": "vit_tiny_patch16_224"})
-    whole, parts = traced(method, 16), traced(method, 16, cached_parts=8)
-    assert parts.peak_bytes < 0.5 * whole.peak_bytes
+    whole, parts = traced(method, 16), traced(method, 16, cached_parts=4)
+    assert parts.peak_bytes < 0.6 * whole.peak_bytes
     assert parts.total_flops > 1.2 * whole.total_flops
 
 
