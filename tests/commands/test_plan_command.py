@@ -167,7 +167,7 @@ def test_every_recipe_has_a_blueprint(name: str) -> None:
 def test_every_recipe_is_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command, _, recipe = name.partition("/")
     words = {"distill": ["--teacher", "clip_vitb"], "pretrain": []}.get(
-        command, ["timm:vit_base_patch16_224.mae"]
+        command, [MODELS.get(name, ANY_MODEL)]
     )
     values = read_yaml(find_recipe(name, command))
     choice = [values["method"]] if command == "pretrain" else []
