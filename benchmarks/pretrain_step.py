@@ -34,7 +34,8 @@ DURATION = Duration(num_steps=100, steps_per_epoch=10)
 PROGRESS = 0.25
 """Of the timed steps: the third of ten epochs, in which DINO's prototypes train."""
 MAX_NORM = 3.0
-TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
+TOLERANCES = {"fp32": 5e-4, "bf16": 2e-2}
+"""Relative differences of losses allowed; batch norms over few images amplify rounding."""
 IMAGE_SIZE, LOCAL_SIZE = 224, 96
 WIDTHS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_224"}
 

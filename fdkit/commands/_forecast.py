@@ -76,26 +76,26 @@ def trace(subject: Subject, *, num_processes: int, precision: Any, on_gpu: bool)
     duration = Duration(num_steps=steps, steps_per_epoch=per_epoch, world_size=num_processes)
     parts = train.accumulate if train.cached_batch else 1
 
-    def traced(size: int, *, checkpointing: bool) -> Trace:
+    def traced(size: int, *, checkpoint_every: int) -> Trace:
         return trace_step(
             subject.method,
             batch_size=size,
             precision=precision,
             on_gpu=on_gpu,
             duration=duration,
-            activation_checkpointing=checkpointing,
+            checkpoint_every=checkpoint_every,
             cached_parts=parts,
         )
 
-    own = train.activation_checkpointing
+    own = train.checkpoint_every if train.activation_checkpointing else 0
     checkpointed = None
     if not own and on_gpu:
         try:
-            checkpointed = traced(size, checkpointing=True)
+            checkpointed = traced(size, checkpoint_every=1)
         except FdkitError:
             checkpointed = None  # the network does not offer it
     return Traces(
-        traced(size, checkpointing=own), traced(larger_batch(size), checkpointing=own), checkpointed
+        traced(size, checkpoint_every=own), traced(larger_batch(size), checkpoint_every=own), checkpointed
     )
 
 

@@ -1,5 +1,6 @@
 """Training with less memory for activations: computing them twice, or for a part of the batch at a time."""
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,28 @@ from fdkit.errors import ConfigError
 from fdkit.methods._method import Method
 from fdkit.models.backbone import Backbone
 from fdkit.training.compiling import repeated_blocks
+from fdkit.training.plan import Plan, TrainConfig
+
+log = logging.getLogger("fdkit")
+
+
+def spare_memory(method: Method, train: TrainConfig, plan: Plan) -> int:
+    """Change a method as the configuration says, to need less memory; the parts its batch is taken in, one by one.
+
+    Raises ConfigError where that cannot be done or has no effect.
+    """
+    if train.activation_checkpointing:
+        checkpoint_activations(method, every=train.checkpoint_every)
+    if train.cached_batch:
+        cache_batch(method, train.accumulate)
+        return 1
+    if train.accumulate > 1 and any(isinstance(part, _BatchNorm) for part in method.modules()):
+        log.warning(
+            "train.accumulate %d: batch statistics are those of parts of %d images",
+            train.accumulate,
+            plan.micro_batch_size * plan.world_size,
+        )
+    return train.accumulate
 
 
 def checkpoint_activations(method: Method, *, every: int = 1) -> None:

@@ -13,18 +13,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from fdkit.data.loader import BadImages, Batch, LoaderConfig, readers_of, training_batches
 from fdkit.data.reading import ReadingCosts, waiting_advice
 from fdkit.data.sources import ImageSource
 from fdkit.errors import NumericsError, PreemptedError
-from fdkit.methods._method import Duration, Method
+from fdkit.methods._method import Method
 from fdkit.models.libraries import save_recipe
 from fdkit.models.vit import patch_projection
 from fdkit.teachers.run_checkpoint import step_of
-from fdkit.training.activations import cache_batch, checkpoint_activations
+from fdkit.training.activations import spare_memory
 from fdkit.training.bad_steps import MOST_REPORTS, BadSteps, first_damage
 from fdkit.training.checkpoint import list_steps
 from fdkit.training.compiling import compilation_facts, forget_compilations, warn_of_compilation
@@ -40,11 +39,11 @@ from fdkit.training.distributed import (
 from fdkit.training.export import export_student
 from fdkit.training.failures import explained_failures, not_finite
 from fdkit.training.generators import deterministic_kernels, seed_generators, undisturbed_generators
-from fdkit.training.gradients import clip_each, first_matrix
+from fdkit.training.gradients import clip_gradients, first_matrix
 from fdkit.training.health import Health
 from fdkit.training.optimizer import OptimizerConfig, build_optimizer, trained_parameters
 from fdkit.training.parallel import parallel
-from fdkit.training.plan import Plan, TrainConfig, describe_plan, make_plan
+from fdkit.training.plan import Plan, TrainConfig, describe_plan, duration_of, make_plan
 from fdkit.training.progress import Clock, Progress
 from fdkit.training.run import Run
 from fdkit.training.schedule import half_cosine
@@ -140,26 +139,8 @@ class Trainer:
         self.window = Window()
         self.stop = StopRequest()
         self.clock = Clock(plan.batch_size)
-        if train.activation_checkpointing:
-            checkpoint_activations(method, every=train.checkpoint_every)
-        if train.cached_batch:
-            cache_batch(method, train.accumulate)
-        self.num_parts = 1 if train.cached_batch else train.accumulate
-        if self.num_parts > 1 and any(isinstance(part, _BatchNorm) for part in method.modules()):
-            log.warning(
-                "train.accumulate %d: batch statistics are those of parts of %d images",
-                train.accumulate,
-                plan.micro_batch_size * world.size,
-            )
-        method.begin(
-            Duration(
-                num_steps=plan.num_steps,
-                steps_per_epoch=plan.steps_per_epoch,
-                batch_size=plan.batch_size,
-                part_size=plan.batch_size // (world.size * self.num_parts),
-                world_size=world.size,
-            )
-        )
+        self.num_parts = spare_memory(method, train, plan)
+        method.begin(duration_of(plan, self.num_parts))
         projection = patch_projection(method.student.network)
         self.health = Health(
             plan.steps_per_epoch, can_freeze=projection is not None and projection.weight.requires_grad
@@ -250,23 +231,8 @@ class Trainer:
         return means
 
     def clip(self) -> dict[str, Tensor]:
-        """Scale gradients down to the largest norm allowed; norms before: of all, its maximum, the first layer's."""
-        with_gradient = [parameter for parameter in self.parameters if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
-        if self.shards is None:
-            each = list(torch._foreach_norm(gradients))
-        else:
-            each = list(self.shards.gradient_norms(with_gradient).unbind())
-        norms = {"grad_norm": torch.linalg.vector_norm(torch.stack(each))}
-        norms["grad_norm_max"] = norms["grad_norm"]
-        for parameter, norm in zip(with_gradient, each, strict=True):
-            if parameter is self.first_layer:
-                norms["first_layer_grad_norm_max"] = norm
-        if self.optim.clip_grad is not None and self.optim.clip_each_parameter:
-            clip_each(gradients, self.optim.clip_grad, each)
-        elif self.optim.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_grad, norms["grad_norm"])
-        return norms
+        """Scale gradients down to the largest norm allowed; norms before."""
+        return clip_gradients(self.parameters, self.optim, first_layer=self.first_layer, shards=self.shards)
 
     def run_steps(self, loader: LoaderConfig, monitors: Sequence[Monitor], stop: StopRequest) -> None:
         """All steps that are left, with what is logged, measured and saved between them."""

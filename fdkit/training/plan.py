@@ -10,6 +10,7 @@ from fdkit.config import Config
 from fdkit.data.loader import steps_per_epoch
 from fdkit.data.sources import ImageSource
 from fdkit.errors import ConfigError
+from fdkit.methods._method import Duration
 from fdkit.training.distributed import World
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.schedule import Schedule, build_schedule
@@ -127,6 +128,17 @@ def choose_precision(wanted: Literal["auto", "fp32", "bf16"], device: torch.devi
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
     return "bf16" if native else "fp32"
+
+
+def duration_of(plan: Plan, num_parts: int) -> Duration:
+    """What a method is told of the run; num_parts: that a process's share of a batch is taken in, one by one."""
+    return Duration(
+        num_steps=plan.num_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        batch_size=plan.batch_size,
+        part_size=plan.batch_size // (plan.world_size * num_parts),
+        world_size=plan.world_size,
+    )
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:

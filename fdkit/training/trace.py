@@ -58,21 +58,21 @@ def trace_step(
     precision: Literal["fp32", "bf16"],
     on_gpu: bool,
     duration: Duration | None = None,
-    activation_checkpointing: bool = False,
+    checkpoint_every: int = 0,
     cached_parts: int = 1,
 ) -> Trace:
     """Forward and backward of a batch of one process, without computing.
 
     The method may be on any device, also on "meta", and stays as it is. on_gpu: attention takes the way it takes there,
-    fused also with a learned bias, rather than a CPU's. cached_parts: that networks take the batch in, as
-    train.cached_batch has them.
+    fused also with a learned bias, rather than a CPU's. checkpoint_every: how many-th block computes its activations
+    twice, 0 for none. cached_parts: that networks take the batch in, as train.cached_batch has them.
     duration: of the run, with this batch_size as its part_size.
     Raises what the method raises for a batch it cannot use.
     """
     views = _view_shapes(method)
     twin, mode = _twin(method)
-    if activation_checkpointing:
-        checkpoint_activations(twin)
+    if checkpoint_every:
+        checkpoint_activations(twin, every=checkpoint_every)
     if cached_parts > 1:
         cache_batch(twin, cached_parts)
     for part in twin.modules():

@@ -88,7 +88,9 @@ def test_one_too_many_in_a_row_stops_the_run_with_its_last_good_state(tmp_path: 
     kept = final_weights(tmp_path / "run")
     assert all(value.isfinite().all() for value in kept.values())
     train_stumbling(tmp_path / "run", (), train_max_bad_steps=2)
-    train_stumbling(tmp_path / "straight", (10, 11), train_max_bad_steps=2)  # saved at step 12, without these two
+    train_stumbling(
+        tmp_path / "straight", (10, 11), train_max_bad_steps=2
+    )  # saved at step 12, without these two
     assert same_bits(final_weights(tmp_path / "straight"), final_weights(tmp_path / "run"))
 
 

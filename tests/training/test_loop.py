@@ -27,11 +27,11 @@ from training_toys import (
     untimed_metrics,
 )
 
-import fdkit.training.loop as module
 from fdkit.data.loader import BadImages, training_batches
 from fdkit.errors import ConfigError, NumericsError, ResourceError, WeightsError
 from fdkit.methods._method import Method
 from fdkit.teachers.run_checkpoint import step_of
+from fdkit.training.activations import checkpoint_activations
 from fdkit.training.checkpoint import list_steps
 from fdkit.training.distributed import World
 from fdkit.training.loop import Trainer, train
@@ -451,7 +451,7 @@ def test_activation_checkpointing_is_asked_of_the_network_or_refused(tmp_path: P
     with pytest.raises(ConfigError, match="activation_checkpointing: ToyNetwork does not offer it"):
         train_toy(tmp_path / "run", train_activation_checkpointing=True)
     method = Checkpointing()
-    module.checkpoint_activations(method)
+    checkpoint_activations(method)
     assert method.asked
 
 
