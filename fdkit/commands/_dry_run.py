@@ -126,6 +126,11 @@ def _measured(profile: Profile) -> dict[str, Any]:
     }
 
 
+def _how_sure(device: str) -> str:
+    """A small network on a CPU spends most of its time elsewhere than in what the forecast counts."""
+    return "at best" if device == "cpu" else "expected"
+
+
 def _show(numbers: dict[str, Any], config: Any) -> None:
     console = Console(markup=False, highlight=False)
     measured = numbers["measured"]
@@ -133,7 +138,7 @@ def _show(numbers: dict[str, Any], config: Any) -> None:
     console.print(_forecast.parts_table(numbers))
     lines = [
         f"on {numbers['device']}: {numbers['expected_images_per_second']:,.1f} images/s and "
-        f"{duration(3600 * numbers['expected_hours'])} expected, without waiting for images "
+        f"{duration(3600 * numbers['expected_hours'])} {_how_sure(numbers['device'])}, without waiting for images "
         f"({numbers['peak_flops'] / 1e12:,.3g} TFLOP/s: {numbers['peak_source']})",
         *_forecast.sizes(numbers),
         f"did {measured['steps']} steps, the last at {measured['images_per_second']:,.1f} images/s, "
