@@ -1,7 +1,7 @@
 """What a training will take, as far as arithmetic can tell: operations, images a second, memory, hours and disk."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -94,9 +94,18 @@ def trace(subject: Subject, *, num_processes: int, precision: Any, on_gpu: bool)
             checkpointed = traced(size, checkpoint_every=1)
         except FdkitError:
             checkpointed = None  # the network does not offer it
-    return Traces(
-        traced(size, checkpoint_every=own), traced(larger_batch(size), checkpoint_every=own), checkpointed
-    )
+    return Traces(traced(size, checkpoint_every=own), _trace_larger(traced, size, own), checkpointed)
+
+
+def _trace_larger(traced: Callable[..., Trace], size: int, checkpoint_every: int) -> Trace:
+    """The step with a batch several times as large, of a size that the method takes; queues take few."""
+    wanted = larger_batch(size) // size
+    for times in range(wanted, 2 * wanted):
+        try:
+            return traced(times * size, checkpoint_every=checkpoint_every)
+        except ConfigError:
+            continue
+    return traced(larger_batch(size), checkpoint_every=checkpoint_every)
 
 
 def forecast(
