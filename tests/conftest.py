@@ -33,3 +33,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder ../shared with real data and golden values is not here")
     return SHARED
+
+
+LAST = ("test_plan_command", "test_profile_command", "test_cost")
+"""Modules that have autograd work on tensors without values, which starts threads of its own: a process that had them
+can fork no other that computes gradients."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every process comes to those modules after all others."""
+    items.sort(key=lambda item: item.path.stem in LAST)
