@@ -35,11 +35,18 @@ def shared() -> Path:
     return SHARED
 
 
-LAST = ("test_plan_command", "test_profile_command", "test_cost")
+LAST = ("test_plan_command", "test_profile_command", "test_cost", "test_compiling")
 """Modules that have autograd work on tensors without values, which starts threads of its own: a process that had them
 can fork no other that computes gradients."""
+FORKING = ("start_ranks", "os.fork(", "from training_toys import", "from faults")
+"""What modules say whose tests fork."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every process comes to those modules after all others."""
-    items.sort(key=lambda item: item.path.stem in LAST)
+    """Every process comes to tests that fork before all others, and to those that bar it at the end."""
+    texts = {path: path.read_text() for path in {item.path for item in items}}
+    places = {
+        path: 2 if path.stem in LAST else 0 if any(word in text for word in FORKING) else 1
+        for path, text in texts.items()
+    }
+    items.sort(key=lambda item: places[item.path])
