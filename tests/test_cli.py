@@ -141,3 +141,22 @@ def test_the_choices_of_a_command_come_with_what_they_are_and_the_recipes(
     assert "MoCo v3: contrastive learning of two views" in text
     assert "recipes (--recipe NAME): " in text
     assert "mocov3_vitb" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pack", "demo", "--output", "packed"],
+        ["distill", "--teacher", "demo", "--data", "demo"],
+        ["evaluate", "knn", "demo", "--data", "demo"],
+    ],
+)
+def test_a_negative_seed_is_refused_in_words(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--seed", "-1"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "seed" in said
+    assert "Traceback" not in said

@@ -66,8 +66,8 @@ class PackConfig(Config):
     """Processes that write shards; 0 writes in this one, -1 starts one a core."""
     max_bad_ratio: float = Field(0.01, ge=0, le=1)
     """Share of a split's images that may be unreadable before packing stops; one is always allowed."""
-    seed: int = 0
-    """Seed of the order of the images in the shards."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the order of the images in the shards, 0 or more."""
     overwrite: bool = Field(default=False, exclude=True)
     """Pack anew where something was packed before; that is moved to OUTPUT.old-N, not deleted."""
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(default=False, exclude=True)

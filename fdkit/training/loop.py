@@ -404,7 +404,8 @@ class Trainer:
             self.bad_steps.load(state["bad_steps"])
             if len(state["windows"]) == self.world.size:
                 self.window.load(state["windows"][self.world.rank], self.device)
-            log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, name)
+            if self.world.is_main:
+                log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, name)
         self.run.forget_metrics_after(self.step)
 
     @contextmanager

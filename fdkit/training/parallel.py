@@ -64,7 +64,7 @@ def parallel(
     if wanted == "fsdp" and world.size == 1:
         raise ConfigError(
             "train.parallel fsdp has no effect with one process",
-            "start several: torchrun --nproc-per-node 8 -m fdkit.cli ..., or leave it at auto",
+            "start several: torchrun --nproc-per-node 8 -m fdkit ..., or leave it at auto",
         )
     cuts = world.size > 1 and (wanted == "fsdp" or (wanted == "auto" and is_too_large(method, device)))
     twin = whole_twin(method) if cuts else None  # before anything is done to what it is a copy of
