@@ -150,7 +150,9 @@ def find_recipe(name: str, command: str) -> Path:
     if path.suffix in {".yaml", ".yml"}:
         if path.is_file():
             return path
-        raise ConfigError(f"--recipe {name}: no such file")
+        raise ConfigError(
+            f"--recipe {name}: no such file", "a shipped recipe is named without .yaml, such as clip_vitl"
+        )
     for candidate in (name, f"{command}/{name}"):
         shipped = recipes_folder() / f"{candidate}.yaml"
         if candidate in recipe_names():

@@ -208,7 +208,10 @@ def _classes_of_head(observed: Observed, backbone: Backbone) -> Tensor:
             "use --readout probe, which fits one on frozen features, or a fine-tuned model",
         )
     if not observed.classes:
-        raise DataError(f"no labelled images to measure the loss of {observed.name} on")
+        raise DataError(
+            f"no labelled images to measure the loss of {observed.name} on",
+            "give a folder with a folder a class",
+        )
     own = tuple(backbone.recipe.get("classes") or ())
     width = backbone.recipe.get("model_args", {}).get("num_classes")
     if not own and width == IMAGENET_CLASSES:

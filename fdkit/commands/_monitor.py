@@ -131,7 +131,10 @@ class Collapse:
             for views in self._views(method, next(backbone.parameters()).device)
         ]
         if sum(len(first) for first, _ in found) < 2:
-            raise DataError(f"fewer than 2 images of {self._source.name} could be read")
+            raise DataError(
+                f"fewer than 2 images of {self._source.name} could be read",
+                "look at the unreadable images named in the log, or leave this out: --monitor.every-epochs 0",
+            )
         first, second = (torch.cat(parts) for parts in zip(*found, strict=True))
         return first, second
 

@@ -17,6 +17,7 @@ from fdkit.data.loader import LoaderConfig, steps_per_epoch
 from fdkit.data.sources import ImageSource, open_source
 from fdkit.methods._method import Method
 from fdkit.report.training_curves import training_figure
+from fdkit.training.agreement import require_agreed_teachers, require_same_images
 from fdkit.training.distributed import local_device, process_group
 from fdkit.training.loop import Monitor, TrainConfig, train
 from fdkit.training.optimizer import OptimizerConfig
@@ -63,11 +64,13 @@ def run_training(
     """
     device = local_device(config.device)
     with (
-        process_group(device, config.train.timeout_seconds),
+        process_group(device, config.train.timeout_seconds) as world,
         Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
     ):
         source = open_source(config.data, "train")
+        require_same_images(source, world)
         method, facts = build(source)
+        require_agreed_teachers(facts, world, recorded=run.facts, folder=folder)
         run.update(**facts)
         per_epoch = steps_per_epoch(source, config.train.batch_size)
         monitors: list[Monitor] = [

@@ -163,7 +163,10 @@ def read_distillation(config: CompareConfig) -> Distillation:
         facts = json.loads((folder / "run.json").read_text())
         values = read_yaml(folder / "config.yaml")
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{config.run}: no run folder of a distillation ({error})") from error
+        raise ConfigError(
+            f"{config.run}: no run folder of a distillation ({error})",
+            "give what `fdkit distill --output` made",
+        ) from error
     teacher = config.teacher or facts.get("teacher", {}).get("source")
     if teacher is None or "distillation" not in values:
         raise ConfigError(

@@ -146,7 +146,9 @@ def _teacher(config: DemoConfig, console: Console) -> str:
     if not config.from_scratch:
         return config.teacher
     if config.teacher != "demo":
-        raise ConfigError("--from-scratch makes its own teacher, so --teacher cannot be chosen")
+        raise ConfigError(
+            "--from-scratch makes its own teacher, so --teacher cannot be chosen", "leave out one of the two"
+        )
     console.print("pretraining the teacher with MoCo v3: the embedded one took 44 minutes on one CPU core")
     started = time.perf_counter()
     values = {

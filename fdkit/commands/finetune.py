@@ -30,6 +30,7 @@ from fdkit.models.libraries import load_backbone
 from fdkit.teachers.catalog import CATALOG
 from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.teacher import Teacher
+from fdkit.training.agreement import require_agreed_teachers
 from fdkit.training.distributed import broadcast, current_world, local_device, process_group
 from fdkit.training.export import export_student
 from fdkit.training.loop import Monitor, TrainConfig
@@ -133,7 +134,7 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
     folder = config.output or default_output("finetune", config.model)
     device = local_device(config.device)
     with (
-        process_group(device, config.train.timeout_seconds),
+        process_group(device, config.train.timeout_seconds) as world,
         Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
     ):
         images = _open(config)
@@ -141,7 +142,9 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
         teacher = load(config)
         if config.pretrained:
             announce_terms([teacher])
-            run.update(**teacher_facts([teacher]))
+            facts = teacher_facts([teacher])
+            require_agreed_teachers(facts, world, recorded=run.facts, folder=folder)
+            run.update(**facts)
         else:
             _warn_from_scratch(config)
         method = build_method(config, teacher, images.classes)

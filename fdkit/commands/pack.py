@@ -278,7 +278,9 @@ def _write_manifest(
     folder: Path, plan: dict[str, Any], sources: dict[str, ImageSource], records: list[dict[str, Any]]
 ) -> None:
     if not any(record["images"] for record in records):
-        raise DataError(f"{folder}: no image could be read, so nothing is packed")
+        raise DataError(
+            f"{folder}: no image could be read, so nothing is packed", "each is named above with its reason"
+        )
     classes = max((source.classes for source in sources.values()), key=len)
     shards = [{key: record[key] for key in ("file", "bytes", "images", "sha256")} for record in records]
     write_json(folder / MANIFEST, {"classes": list(classes), "shards": shards, "plan": plan})

@@ -101,7 +101,10 @@ def _reading(config: Any, source: ImageSource | None, method: Method) -> Reading
                 continue
             seconds.append(time.thread_time() - start)
     if not seconds:
-        raise DataError(f"{source.name}: none of the images looked at can be read")
+        raise DataError(
+            f"{source.name}: none of the images looked at can be read",
+            "training or `fdkit pack` would name every one and why; see whether the folder is the right one",
+        )
     own = seconds[1:] or seconds  # the first one loads what reads them
     return Reading(sum(own) / len(own), f"timed on {len(own)} of these images on this machine")
 

@@ -42,6 +42,7 @@ from fdkit.methods._method import Method
 from fdkit.methods.segmentation import Segmentation, SegmentationConfig
 from fdkit.report.segmentation_figure import SegmentedImage, segmentation_figure
 from fdkit.teachers.teacher import Teacher, short_names
+from fdkit.training.agreement import require_agreed_teachers
 from fdkit.training.distributed import World, current_world, gather, local_device, process_group, wait_for_all
 from fdkit.training.loop import Monitor, TrainConfig
 from fdkit.training.optimizer import OptimizerConfig
@@ -146,7 +147,9 @@ def run(config: SegmentConfig, *, handle_signals: bool = True) -> Outcome:
         training, tested = open_segmentation(config.data, ("train", config.split), config)
         teacher = config.load(config.model, seed=config.seed)
         method = build_method(config, teacher, num_classes=len(training.classes))
-        run.update(teacher=teacher.identity(), classes=list(training.classes))
+        facts = {"teacher": teacher.identity(), "classes": list(training.classes)}
+        require_agreed_teachers(facts, world, recorded=run.facts, folder=folder)
+        run.update(**facts)
         tester = Tester(config, method, tested, device)
         watching = monitors(config, tester, training)
         train_and_draw(method, training, run, config, device, watching, handle_signals=handle_signals)
@@ -226,7 +229,10 @@ class Tester:
         )
         found = combined(gather(own, world))
         if found.num_images == 0:
-            raise DataError(f"no image of the split {self.config.split} of {self.source.name} could be read")
+            raise DataError(
+                f"no image of the split {self.config.split} of {self.source.name} could be read",
+                "each is named above with its reason",
+            )
         return found
 
     def result(self, found: Measured, teacher: Teacher, training: SegmentationSource) -> dict[str, Any]:

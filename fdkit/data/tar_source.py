@@ -365,7 +365,10 @@ def _labels(
         labelled = {shard.split for shard, part in zip(shards, parts, strict=True) if (part >= 0).any()}
         if not labelled & {shard.split for shard in bare}:
             return None, ()  # such as a test split whose labels nobody tells
-        raise DataError(f"{printable(name)}: {printable(str(bare[0].path))} has no labels, others have")
+        raise DataError(
+            f"{printable(name)}: {printable(str(bare[0].path))} has no labels, others have",
+            "give the images of every shard a .cls or .json member, or of none",
+        )
     highest = max(int(shard.images.labels.max(initial=0)) for shard in shards)
     classes = class_names or tuple(str(number) for number in range(highest + 1))
     if highest >= len(classes):

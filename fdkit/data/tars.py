@@ -204,7 +204,9 @@ class _Found:
         except (ValueError, RecursionError):
             value = data[:40].decode(errors="replace").strip()
             if kind == "json":
-                raise DataError(f"{where}: not JSON: {printable(value)}") from None
+                raise DataError(
+                    f"{where}: not JSON: {printable(value)}", "mend the member, or pack the images again"
+                ) from None
         if kind == "json":
             value = value.get("label") if isinstance(value, dict) else None
             if value is None:
@@ -230,11 +232,15 @@ class _Found:
                     continue
                 if key in rows_of_keys:
                     both = f"{printable(self.names[rows_of_keys[key]])} and {printable(self.names[row])}"
-                    raise DataError(f"{self.shown}: one sample with two images: {both}")
+                    raise DataError(
+                        f"{self.shown}: one sample with two images: {both}",
+                        "give each image a name of its own before the first dot",
+                    )
                 rows_of_keys[key] = row
                 if key not in self.labels:
                     raise DataError(
-                        f"{self.shown}:{printable(self.names[row])}: has no label, others here have"
+                        f"{self.shown}:{printable(self.names[row])}: has no label, others here have",
+                        "give every image a .cls or .json member, or none",
                     )
                 labels[row] = self.labels[key]
             rows = rows_of_keys.values()  # type: ignore[assignment]

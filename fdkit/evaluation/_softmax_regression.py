@@ -82,7 +82,10 @@ def fit_path(
             },
         )
         if not np.isfinite(result.fun):
-            raise NumericsError(f"logistic regression with C {c:g} has an objective of {result.fun}")
+            raise NumericsError(
+                f"logistic regression with C {c:g} has an objective of {result.fun}",
+                "the features may be huge or damaged: `fdkit doctor MODEL` looks at them",
+            )
         start = result.x
         weight, bias = problem.classifier(result.x, num_classes)
         gradient = float(np.abs(result.jac).max())

@@ -205,7 +205,7 @@ def record_of(source: ImageSource, kept: Tensor) -> dict[str, Any]:
 
 def no_image(source: ImageSource) -> DataError:
     """What to raise where no image of a source could be read."""
-    return DataError(f"no image of {source.name} could be read")
+    return DataError(f"no image of {source.name} could be read", "each is named above with its reason")
 
 
 def evaluation_crop(want: Preprocessing) -> CenterCrop:

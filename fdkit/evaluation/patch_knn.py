@@ -91,7 +91,10 @@ def measure(subject: Subject, config: PatchKNNConfig) -> Metrics:
 
     found = measure_split(score, tested, short_side=short_side, loader=subject.loader, device=subject.device)
     if found.num_images == 0:
-        raise DataError(f"no image of the split {subject.split} of {subject.data} could be read")
+        raise DataError(
+            f"no image of the split {subject.split} of {subject.data} could be read",
+            "each is named above with its reason",
+        )
     return {
         "evaluator": "patch-knn",
         "k": config.k,

@@ -118,7 +118,9 @@ def _gallery(train: Features, test: Features, gallery: str) -> tuple[Features, F
     refuse_unlabelled(test, "test")
     if gallery == "test":
         if len(test.values) == 0:
-            raise DataError("there are no test images to look for")
+            raise DataError(
+                "there are no test images to look for", "name a split that has some: --test-split val"
+            )
         refuse_not_finite(test, "test")
         refuse_constant(test, "test")
         return test, test

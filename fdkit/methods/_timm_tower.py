@@ -26,7 +26,7 @@ def as_timm(backbone: Backbone) -> Backbone:
     name = recipe["architecture"]
     refusal = ConfigError(
         f"open_clip:{name} has no counterpart in timm that a classifier could be put on",
-        "use a CLIP of timm's, such as --model timm:vit_base_patch16_clip_224.laion2b",
+        "use a CLIP of timm's, such as timm:vit_base_patch16_clip_224.laion2b",
     )
     network: Any = backbone.network
     trunk = getattr(network, "trunk", None)

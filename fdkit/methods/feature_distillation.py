@@ -248,7 +248,8 @@ def check_targets(config: FeatureDistillationConfig, names: Sequence[str]) -> No
     weights = config.teacher_weights
     if weights is not None and len(weights) != len(names):
         raise ConfigError(
-            f"distillation.teacher_weights has {len(weights)} numbers for {len(names)} teachers ({', '.join(names)})"
+            f"distillation.teacher_weights has {len(weights)} numbers for {len(names)} teachers ({', '.join(names)})",
+            "give one number a teacher, in their order, or leave it out",
         )
 
 

@@ -68,7 +68,10 @@ def _arguments(
     """The arguments that make timm build the network with the wanted end."""
     recipe, network = backbone.recipe, backbone.network
     if recipe["library"] != "timm":
-        raise ConfigError(f"{recipe['architecture']} is a network of {recipe['library']}, not of timm")
+        raise ConfigError(
+            f"{recipe['architecture']} is a network of {recipe['library']}, not of timm",
+            "name timm's model of the same weights: timm:NAME",
+        )
     args = {key: value for key, value in recipe["model_args"].items() if key != "final_norm"}
     args |= {"num_classes": num_classes, **_end(backbone, pooling)}
     if drop_path:

@@ -66,7 +66,9 @@ def build_timm(
     try:
         network = timm.create_model(name, pretrained=False, **_as_objects(args))
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"timm model {name} refuses {args}: {error}") from error
+        raise ConfigError(
+            f"timm model {name} refuses {args}: {error}", "change the model arguments, or leave them out"
+        ) from error
     if args.get("final_norm") is False:
         _remove_final_norm(network)
     if "rope_periods" in args:

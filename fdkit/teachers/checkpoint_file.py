@@ -248,7 +248,8 @@ def _at_its_size(reading: Reading, backbone: Backbone) -> tuple[State, dict[str,
         if resample is None:
             raise ConfigError(
                 f"image size {backbone.image_size}: {reading.title} takes no size but its own, "
-                f"{reading.network.model_args.get('img_size', 'which the file does not show')}"
+                f"{reading.network.model_args.get('img_size', 'which the file does not show')}",
+                hint="leave --image-size out",
             )
         if is_bias:
             attention = network.get_submodule(key.rpartition(".")[0])

@@ -82,7 +82,8 @@ def _in_run(tensors: State, folder: Path) -> _Found | None:
         or not {"decoder_heads", "norm_pixels", "mask_ratio", "sampling"} <= stated.keys()
     ):
         raise WeightsError(
-            f"{folder}/config.yaml does not say how its decoder was trained: section mae is not whole"
+            f"{folder}/config.yaml does not say how its decoder was trained: section mae is not whole",
+            hint="put the run's own config.yaml back, or give the official file of weights with its decoder",
         )
     return _Found(
         state, stated["decoder_heads"], stated["norm_pixels"], stated["mask_ratio"], stated["sampling"]

@@ -60,7 +60,10 @@ def fetch_open_clip(arch: str, tag: str) -> Path:
     missing = _Missing(f"open_clip:{arch}/{tag}", f"open_clip:{arch}")
     if not stated.get("hf_hub"):
         if not stated.get("url"):
-            raise WeightsError(f"open_clip has no weights {missing.model}")
+            raise WeightsError(
+                f"open_clip has no weights {missing.model}",
+                hint=f"give a file of weights with --teacher FILE --architecture open_clip:{arch}",
+            )
         return _from_url(stated["url"], None, missing)
     repo, _, filename = stated["hf_hub"].rpartition("/")
     filename = filename or "open_clip_pytorch_model.bin"

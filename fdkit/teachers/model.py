@@ -70,7 +70,7 @@ def load_model(request: Request) -> Loaded:
             return load_run(path.parent, request)
         return load_file(path.absolute(), request)
     if "/" in request.name and not rest:
-        raise WeightsError(f"there is no file or folder {request.name}")
+        raise WeightsError(f"there is no file or folder {request.name}", f"looked for it from {Path.cwd()}")
     raise ConfigError(
         f"unknown model {request.name}",
         hint=did_you_mean(request.name, CATALOG)

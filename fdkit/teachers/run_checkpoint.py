@@ -119,4 +119,7 @@ def network_state(path: Path, key: str | None = None) -> "State":
         return networks[chosen]
     if key is not None:
         raise ConfigError(f"the checkpoint {path} holds no network {key}", f"it holds {', '.join(networks)}")
-    raise WeightsError(f"the checkpoint {path} holds no student")
+    raise WeightsError(
+        f"the checkpoint {path} holds no student",
+        f"name one of its networks: {', '.join(networks) or 'it has none'}",
+    )

@@ -79,7 +79,9 @@ def _under_terms(backbone: Backbone, source: Path, run: Path, weights: Path) -> 
 def _build(run: Path, state: State, request: Request, *, source: str) -> Backbone:
     """The network that a run's recipe describes, with these weights, at the size asked for."""
     if request.architecture:
-        raise ConfigError(f"an architecture is for a file of weights, and the run {run} states its own")
+        raise ConfigError(
+            f"an architecture is for a file of weights, and the run {run} states its own", "leave --arch out"
+        )
     recipe = read_recipe(run / RECIPE_FILE)
     if recipe["library"] == "timm":
         reading = _reading(recipe, state, run)
@@ -93,7 +95,8 @@ def _build(run: Path, state: State, request: Request, *, source: str) -> Backbon
         backbone.network.load_state_dict(state)
         if request.image_size not in (None, backbone.image_size):
             raise ConfigError(
-                f"image size {request.image_size}: the model of {run} takes {backbone.image_size} pixels"
+                f"image size {request.image_size}: the model of {run} takes {backbone.image_size} pixels",
+                "leave --image-size out",
             )
     if "classes" in recipe:
         backbone.recipe["classes"] = recipe["classes"]
@@ -106,7 +109,10 @@ def _reading(recipe: dict[str, Any], state: State, folder: Path) -> Reading:
 
     def at_size(size: int) -> dict[str, Any]:
         if recipe["architecture"].startswith("swin") and size != stated["image_size"]:
-            raise ConfigError(f"image size {size}: the Swin of {folder} takes {stated['image_size']} pixels")
+            raise ConfigError(
+                f"image size {size}: the Swin of {folder} takes {stated['image_size']} pixels",
+                "leave --image-size out",
+            )
         return {}
 
     is_fixed = "pos_embed" in state and fixed_positions(state) == "row"

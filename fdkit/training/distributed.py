@@ -49,7 +49,10 @@ def current_world() -> World:
             for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
         )
     except ValueError as error:
-        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
+        raise ConfigError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}",
+            "start processes with torchrun, which sets them",
+        ) from error
     return World(rank, size, local)
 
 

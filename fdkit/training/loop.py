@@ -24,6 +24,7 @@ from fdkit.models.libraries import save_recipe
 from fdkit.models.vit import patch_projection
 from fdkit.teachers.run_checkpoint import step_of
 from fdkit.training.activations import spare_memory
+from fdkit.training.agreement import require_same_images
 from fdkit.training.bad_steps import MOST_REPORTS, BadSteps, first_damage
 from fdkit.training.checkpoint import list_steps
 from fdkit.training.compiling import compilation_facts, forget_compilations, warn_of_compilation
@@ -92,6 +93,7 @@ def train(
         if handle_signals:
             stack.enter_context(stop.catch())
         world = stack.enter_context(process_group(device, train.timeout_seconds))
+        require_same_images(source, world)
         stack.enter_context(explained_failures(train, plan, device))
         stack.enter_context(undisturbed_generators(device))
         stack.enter_context(deterministic_kernels(train.deterministic))

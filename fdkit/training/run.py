@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -25,8 +25,9 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
-from fdkit.config import Values, parse_yaml
+from fdkit.config import parse_yaml
 from fdkit.errors import ConfigError, DistributedError, FdkitError, OutputError, PreemptedError
+from fdkit.training.agreement import flat, require_same_setting
 from fdkit.training.checkpoint import write_whole
 from fdkit.training.distributed import current_world, launchers, told_of_loss
 
@@ -79,11 +80,12 @@ class Run:
         overwrite: a run that is there is moved to FOLDER.old-N, never deleted. command: what was typed.
         A process that torchrun started again goes on with its run, whatever was typed; every process calls this.
         Raises OutputError if the folder is in use, holds something and neither was asked for, or cannot be
-        written; ConfigError if a resumed run would change its configuration.
+        written; ConfigError if a resumed run would change its configuration, or the processes have different ones.
         """
         folder = Path(folder).absolute()
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other")
+        require_same_setting(config_yaml, current_world())
         launchers_now = launchers(current_world())
         if not current_world().is_main:
             return cls(folder, config_yaml, resumed=resume, writes=False)
@@ -279,7 +281,7 @@ class Run:
 
 def check_unchanged(before: str, now: str, folder: Path) -> None:
     """Raises ConfigError listing the fields of two configurations (YAML) that differ, but for harmless ones."""
-    old, new = (dict(_flat(parse_yaml(text, str(folder / "config.yaml")))) for text in (before, now))
+    old, new = (dict(flat(parse_yaml(text, str(folder / "config.yaml")))) for text in (before, now))
     lines = [
         f"  {name}: was {old.get(name, '(not there)')!r}, now {new.get(name, '(not there)')!r}"
         for name in sorted(old.keys() | new.keys())
@@ -412,14 +414,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             with suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
-
-
-def _flat(values: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _commit() -> str | None:

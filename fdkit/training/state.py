@@ -21,6 +21,9 @@ from fdkit.training.sharding import BY_ELEMENT, Shards, rows_of
 log = logging.getLogger("fdkit")
 
 
+_OF_ANOTHER = "resume with the configuration it was written with, or choose another --output"
+
+
 class TrainingState:
     """What changes while a method trains, but for what the loop itself counts.
 
@@ -67,7 +70,10 @@ class TrainingState:
             return None
         tensors, state = load_checkpoint(path, self.rows())
         if (state["seed"], state["data"]) != (seed, data):
-            raise ConfigError(f"{path}: written with another seed or other images than this run's")
+            raise ConfigError(
+                f"{path}: written with another seed or other images than this run's",
+                "resume with those it was written with, or choose another --output",
+            )
         self._load_model(tensors["model"], origin=str(path))
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         num_processes = len(state["windows"])
@@ -110,14 +116,14 @@ class TrainingState:
             try:
                 self.method.load_state_dict(tensors)
             except RuntimeError as error:
-                raise WeightsError(f"{origin}: does not fit this method: {error}") from error
+                raise WeightsError(f"{origin}: does not fit this method: {error}", _OF_ANOTHER) from error
             return
         own = _here(self.method.state_dict())
         odd = sorted(own.keys() ^ tensors.keys()) or [
             name for name, value in own.items() if value.shape != tensors[name].shape
         ]
         if odd:
-            raise WeightsError(f"{origin}: does not fit this method: {', '.join(odd[:5])}")
+            raise WeightsError(f"{origin}: does not fit this method: {', '.join(odd[:5])}", _OF_ANOTHER)
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(tensors[name])
