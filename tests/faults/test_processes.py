@@ -1,0 +1,16 @@
+"""Processes that train together, one of which is lost, or has something else than the others."""
+
+from pathlib import Path
+
+import pytest
+from faults.processes import DIFFERENCES, set_apart
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.slow
+def test_what_one_rank_has_otherwise_is_found_before_the_first_step(tmp_path: Path) -> None:
+    found = set_apart(tmp_path, amount=len(DIFFERENCES), seed=0)
+    assert found["failures"] == []
+    assert found["tried"] == len(DIFFERENCES)
+    assert found["longest_seconds"] < 60
