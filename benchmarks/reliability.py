@@ -1,0 +1,166 @@
+"""Breaks fdkit on purpose and counts: commands killed, disks filled, files forged, numbers poisoned, processes lost.
+
+Every trial is a function of the test suite (tests/faults), which runs it small; here it runs large, in a process of its
+own. The counts go into a JSON file and from there into the figures of docs/reliability.md. A trial that fails anywhere
+ends this script with code 1, and its failures stand on the page.
+
+    python benchmarks/reliability.py --output benchmarks/results/reliability.json --page docs/reliability.md
+    python benchmarks/reliability.py --share 0.02                    # a few minutes, to see that it runs
+    python benchmarks/reliability.py --only kills images             # some trials alone; the others' counts stay
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_path import environment
+
+TESTS = Path(__file__).parents[1] / "tests"
+BEGIN, END = "<!-- figures: made by benchmarks/reliability.py -->", "<!-- end of figures -->"
+
+
+class Trial(NamedTuple):
+    """One way to break it."""
+
+    title: str
+    function: str
+    """MODULE.FUNCTION in tests/faults, called with a folder, an amount and a seed."""
+    amount: int
+    """How much of it."""
+    unit: str
+    """What the amount counts."""
+
+
+TRIALS = {}  # type: dict[str, Trial]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS))
+    parser.add_argument("--share", type=float, default=1.0, help="of the full amounts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, each of one core")
+    parser.add_argument("--output", type=Path, help="JSON; counts of trials that are not run again stay")
+    parser.add_argument("--page", type=Path, help="a page between whose marks the figures are put")
+    parser.add_argument("--run", choices=TRIALS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(run_here(TRIALS[arguments.run], arguments.share, arguments.seed)))
+        return
+    report = read(arguments.output)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        results = pool.map(lambda name: (name, run(name, arguments.share, arguments.seed)), arguments.only)
+        for name, result in results:
+            print(f"{name}: {sentence(result)}", flush=True)
+            report["trials"][name] = result
+            report["environment"] = environment()
+            if arguments.output:
+                arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    text = figures(report)
+    if arguments.page:
+        page = arguments.page.read_text()
+        arguments.page.write_text(with_figures(page, text))
+    print(text)
+    sys.exit(int(any(result["failures"] for result in report["trials"].values())))
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """The report so far, empty where there is none."""
+    if path is not None and path.exists():
+        report: dict[str, Any] = json.loads(path.read_text())
+        return report
+    return {"trials": {}}
+
+
+def run(name: str, share: float, seed: int) -> dict[str, Any]:
+    """Run a trial in a process of its own; its counts, or the end of the process as a failure."""
+    command = [sys.executable, __file__, "--run", name, "--share", str(share), "--seed", str(seed)]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = round(time.perf_counter() - started, 1)
+    try:
+        result = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        words = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        result = {"tried": 0, "failures": [f"the trial itself ended with code {done.returncode}: {words}"]}
+    return {"unit": TRIALS[name].unit, "seed": seed, "seconds": seconds} | result
+
+
+def run_here(trial: Trial, share: float, seed: int) -> dict[str, Any]:
+    """Run a trial in this process, in a folder of its own."""
+    sys.path.insert(0, str(TESTS))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    torch.set_num_threads(1)  # sums, and so bits, depend on the number of threads
+    module, function = trial.function.split(".")
+    call = getattr(import_module(f"faults.{module}"), function)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FDKIT_CACHE"] = str(Path(folder) / "cache")
+        scratch = Path(folder) / "trial"
+        scratch.mkdir()
+        result: dict[str, Any] = call(scratch, amount=max(1, round(trial.amount * share)), seed=seed)
+    return result
+
+
+def sentence(result: dict[str, Any]) -> str:
+    """A trial's counts in a line."""
+    failed = len(result["failures"])
+    counts = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in result.items()
+        if isinstance(value, (int, float)) and name not in {"seed", "seconds", "tried"}
+    )
+    said = f"{result['tried']:,} {result['unit']}, {failed} failed ({result['seconds']:.0f} s)"
+    return f"{said}: {counts}" if counts else said
+
+
+def figures(report: dict[str, Any]) -> str:
+    """The table of all trials, and what failed, in Markdown."""
+    where, trials = report["environment"], report["trials"]
+    lines = ["| | tried | failed | what was counted |", "|---|---|---|---|"]
+    for name, trial in TRIALS.items():
+        if name in trials:
+            result = trials[name]
+            tried = f"{result['tried']:,} {result['unit']}"
+            lines.append(f"| {trial.title} | {tried} | {len(result['failures'])} | {counted(result)} |")
+    total = sum(result["seconds"] for result in trials.values())
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines += ["", f"{where['cpu']}, one core a trial, {total / 60:.0f} minutes in all; seed "
+              f"{', '.join(sorted({str(result['seed']) for result in trials.values()}))}; {versions}; "
+              f"commit {where['commit'][:7]}."]  # fmt: skip
+    failures = [
+        f"- {TRIALS[name].title}: {failure}" for name in trials for failure in trials[name]["failures"][:20]
+    ]
+    return "\n".join([*lines, *(["", "What failed:", "", *failures] if failures else [])])
+
+
+def counted(result: dict[str, Any]) -> str:
+    """The counts beside the number of trials, in words."""
+    parts = []
+    for name, value in result.items():
+        if name in {"tried", "failures", "seed", "seconds", "unit"}:
+            continue
+        shown = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, dict) else value
+        parts.append(f"{name.replace('_', ' ')}: {shown}")
+    return "; ".join(parts).replace("|", "\\|")
+
+
+def with_figures(page: str, text: str) -> str:
+    """The page with the figures between its marks."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    assert pattern.search(page), f"the page has no marks {BEGIN}"
+    return pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page)
+
+
+if __name__ == "__main__":
+    main()
