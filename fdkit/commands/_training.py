@@ -17,8 +17,9 @@ from fdkit.data.loader import LoaderConfig, steps_per_epoch
 from fdkit.data.sources import ImageSource, open_source
 from fdkit.methods._method import Method
 from fdkit.report.training_curves import training_figure
+from fdkit.teachers.origin import pinned, recorded_revisions
 from fdkit.training.agreement import require_agreed_teachers, require_same_images
-from fdkit.training.distributed import local_device, process_group
+from fdkit.training.distributed import broadcast, local_device, process_group
 from fdkit.training.loop import Monitor, TrainConfig, train
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.run import Run
@@ -69,7 +70,8 @@ def run_training(
     ):
         source = open_source(config.data, "train")
         require_same_images(source, world)
-        method, facts = build(source)
+        with pinned(recorded_revisions(broadcast(run.facts, world))):
+            method, facts = build(source)
         require_agreed_teachers(facts, world, recorded=run.facts, folder=folder)
         run.update(**facts)
         per_epoch = steps_per_epoch(source, config.train.batch_size)

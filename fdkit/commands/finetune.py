@@ -29,6 +29,7 @@ from fdkit.models.classifier import build_classifier
 from fdkit.models.libraries import load_backbone
 from fdkit.teachers.catalog import CATALOG
 from fdkit.teachers.loading import load_teacher
+from fdkit.teachers.origin import pinned, recorded_revisions
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.agreement import require_agreed_teachers
 from fdkit.training.distributed import broadcast, current_world, local_device, process_group
@@ -139,7 +140,8 @@ def run(config: FinetuneConfig, *, handle_signals: bool = True) -> Outcome:
     ):
         images = _open(config)
         per_epoch = steps_per_epoch(images.train, config.train.batch_size)
-        teacher = load(config)
+        with pinned(recorded_revisions(broadcast(run.facts, world))):
+            teacher = load(config)
         if config.pretrained:
             announce_terms([teacher])
             facts = teacher_facts([teacher])

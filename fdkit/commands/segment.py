@@ -41,9 +41,18 @@ from fdkit.evaluation._segmentation import (
 from fdkit.methods._method import Method
 from fdkit.methods.segmentation import Segmentation, SegmentationConfig
 from fdkit.report.segmentation_figure import SegmentedImage, segmentation_figure
+from fdkit.teachers.origin import pinned, recorded_revisions
 from fdkit.teachers.teacher import Teacher, short_names
 from fdkit.training.agreement import require_agreed_teachers
-from fdkit.training.distributed import World, current_world, gather, local_device, process_group, wait_for_all
+from fdkit.training.distributed import (
+    World,
+    broadcast,
+    current_world,
+    gather,
+    local_device,
+    process_group,
+    wait_for_all,
+)
 from fdkit.training.loop import Monitor, TrainConfig
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.plan import choose_precision
@@ -145,7 +154,8 @@ def run(config: SegmentConfig, *, handle_signals: bool = True) -> Outcome:
         Run.create(folder, to_yaml(config), resume=config.resume, overwrite=config.overwrite) as run,
     ):
         training, tested = open_segmentation(config.data, ("train", config.split), config)
-        teacher = config.load(config.model, seed=config.seed)
+        with pinned(recorded_revisions(broadcast(run.facts, world))):
+            teacher = config.load(config.model, seed=config.seed)
         method = build_method(config, teacher, num_classes=len(training.classes))
         facts = {"teacher": teacher.identity(), "classes": list(training.classes)}
         require_agreed_teachers(facts, world, recorded=run.facts, folder=folder)

@@ -65,6 +65,8 @@ class TextSource(NamedTuple):
     tag: str = ""
     """Name of its weights; empty where `file` has them, or they are random."""
     file: Path | None = None
+    revision: str | None = None
+    """The commit of the repository that the image tower is of; None is its main branch."""
 
 
 class JointSpace(NamedTuple):
@@ -96,9 +98,9 @@ def joint_space(subject: Subject, config: Any) -> JointSpace:
     """
     folder = Path(subject.teacher.source)
     if folder.is_dir() and all((folder / name).is_file() for name in RUN_FILES):
-        run_config, facts = read_yaml(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
+        run_config, teachers = run_of(folder)
         if "distillation" in run_config:
-            return _of_student(subject, folder, run_config, recorded_teachers(facts))
+            return _of_student(subject, folder, run_config, teachers)
     identity = subject.teacher.identity()
     text = text_source(identity)
     answering = with_head(subject, config)
@@ -111,22 +113,29 @@ def joint_space(subject: Subject, config: Any) -> JointSpace:
     )
 
 
+def run_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The configuration of a run folder, and what it says of its teachers."""
+    run_config, facts = read_yaml(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
+    return run_config, recorded_teachers(facts)
+
+
 def text_source(identity: dict[str, Any]) -> TextSource:
     """Where the text tower of a model is; identity: as `Teacher.identity` gives it.
 
     Raises ConfigError for a model that is no CLIP model of open_clip's, nor of timm's with the same weights there.
     """
     recipe, source, name = identity["recipe"], str(identity["source"]), identity["name"]
+    revision = (identity.get("origin") or {}).get("revision")
     if recipe["library"] == "open_clip":
         quick_gelu = recipe["model_args"].get("quick_gelu")
         if source.startswith("open_clip:"):
             arch, _, tag = source.removeprefix("open_clip:").partition("/")
-            return TextSource(arch, quick_gelu, tag)
+            return TextSource(arch, quick_gelu, tag, revision=revision)
         if Path(source).is_file():
             return TextSource(recipe["architecture"], quick_gelu, file=Path(source))
     timm_name = source.removeprefix("timm:") if source.startswith("timm:") else ""
     if timm_name and (twin := _open_clip_twin(timm_name)):
-        return TextSource(twin[0], None, twin[1])
+        return TextSource(twin[0], None, twin[1], revision=revision)
     if timm_name in HOSTED_BY_BOTH:
         raise ConfigError(
             f"{name} is timm's image tower alone, and nothing states that open_clip's text tower has the same weights",

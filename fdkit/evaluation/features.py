@@ -280,6 +280,7 @@ def identity(model: Teacher | Backbone, reading: Reading, precision: Precision) 
             "model_source": model.source,
             "license": model.license,
             "sha256": model.sha256,
+            "origin": None if model.origin is None else model.origin._asdict(),
         }
     want = backbone.preprocessing
     return known | {

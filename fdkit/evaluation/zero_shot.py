@@ -163,7 +163,7 @@ def load_text(source: TextSource, *, is_random: bool, seed: int) -> TextTower:
             "RANDOM WEIGHTS: the text tower of %s is built without its pretrained weights", source.arch
         )
         return tower
-    path = source.file or fetch_open_clip(source.arch, source.tag)
+    path = source.file or fetch_open_clip(source.arch, source.tag, source.revision).path
     state = text_state(state_in(read_file(path), source=str(path)), source=str(path))
     load_whole(tower, state, source=str(path))
     return tower

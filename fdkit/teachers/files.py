@@ -91,7 +91,7 @@ def verify(path: Path, published: str, *, algorithm: Literal["sha256", "md5"] = 
 
 def _digest_of(path: Path, algorithm: str) -> str:
     status = path.stat()
-    return _digest(path.absolute(), algorithm, status.st_ino, status.st_size, status.st_mtime_ns)
+    return _digest(path.resolve(), algorithm, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)

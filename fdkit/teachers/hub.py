@@ -1,7 +1,9 @@
 """Finds the weight files that are published somewhere: in the local cache first, then over the network.
 
 Files of the Hugging Face hub lie in its own cache (HF_HOME, HF_HUB_CACHE), files at plain addresses where `torch.hub`
-keeps its checkpoints (TORCH_HOME). HF_HUB_OFFLINE=1 keeps every one of these functions off the network.
+keeps its checkpoints (TORCH_HOME). HF_HUB_OFFLINE=1 keeps every one of these functions off the network. What comes of
+a repository is of one commit, to which its branch is resolved when it comes, and is held to the checksums that the hub
+states.
 """
 
 import errno
@@ -22,6 +24,14 @@ from fdkit.teachers.huggingface_folder import (
     WEIGHTS,
     library_of,
 )
+from fdkit.teachers.origin import (
+    BRANCH,
+    Fetched,
+    commit_of,
+    hub_address,
+    pinned_revision,
+    require_undamaged,
+)
 
 logger = logging.getLogger("fdkit")
 
@@ -32,10 +42,12 @@ _ANY_FILE = re.compile(
 """File names that say nothing: at two addresses they are two files."""
 
 
-def fetch_timm(name: str) -> Path:
+def fetch_timm(name: str, revision: str | None = None) -> Fetched:
     """The weight file of a timm model such as `vit_small_patch16_224.dino`.
 
-    Raises WeightsError if timm knows no weights of that name, or they are neither cached nor reachable.
+    revision: a branch, tag or commit of its repository; None is its main branch, or the run's own commit.
+    Raises ConfigError for a revision of what lies in no repository, WeightsError if timm knows no weights of that
+    name, or they are neither cached nor reachable.
     """
     import timm
 
@@ -48,12 +60,13 @@ def fetch_timm(name: str) -> Path:
     missing = _Missing(f"timm:{name}", name)
     if cfg.hf_hub_id:
         files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-        return _from_hub(cfg.hf_hub_id, files, missing)
+        return _of_repo(cfg.hf_hub_id, files, missing, revision)
+    _refuse_revision(revision, missing, cfg.url)
     return _from_url(cfg.url, None, missing)
 
 
-def fetch_open_clip(arch: str, tag: str) -> Path:
-    """The weight file of an open_clip model; WeightsError as for `fetch_timm`."""
+def fetch_open_clip(arch: str, tag: str, revision: str | None = None) -> Fetched:
+    """The weight file of an open_clip model; revision and errors as for `fetch_timm`."""
     import open_clip
 
     stated = open_clip.get_pretrained_cfg(arch, tag)
@@ -64,16 +77,30 @@ def fetch_open_clip(arch: str, tag: str) -> Path:
                 f"open_clip has no weights {missing.model}",
                 hint=f"give a file of weights with --teacher FILE --architecture open_clip:{arch}",
             )
+        _refuse_revision(revision, missing, stated["url"])
         return _from_url(stated["url"], None, missing)
     repo, _, filename = stated["hf_hub"].rpartition("/")
     filename = filename or "open_clip_pytorch_model.bin"
     safe = "open_clip_model.safetensors"
     if filename != "open_clip_pytorch_model.bin":
         safe = str(Path(filename).with_suffix(".safetensors"))
-    return _from_hub(repo, list(dict.fromkeys([safe, filename])), missing)
+    return _of_repo(repo, list(dict.fromkeys([safe, filename])), missing, revision)
 
 
-def fetch_official(url: str, *, sha256: str | None, name: str) -> Path:
+def _of_repo(repo: str, files: list[str], missing: "_Missing", revision: str | None) -> Fetched:
+    path = _from_hub(repo, files, missing, pinned_revision(repo, revision or BRANCH))
+    return Fetched(path, hub_address(repo, revision or BRANCH), commit_of(path))
+
+
+def _refuse_revision(revision: str | None, missing: "_Missing", url: str) -> None:
+    if revision is not None:
+        raise ConfigError(
+            f"{missing.model}@{revision}: its weights lie at {url}, which has no revisions",
+            "leave @REVISION out",
+        )
+
+
+def fetch_official(url: str, *, sha256: str | None, name: str) -> Fetched:
     """The file its authors publish at a plain address.
 
     sha256: as published, in full or its first digits; checked on a file in the cache too. OpenAI's addresses state it.
@@ -84,7 +111,7 @@ def fetch_official(url: str, *, sha256: str | None, name: str) -> Path:
     return _from_url(url, sha256, _Missing(name, name))
 
 
-def fetch_repo(repo: str, revision: str = "main") -> Path:
+def fetch_repo(repo: str, revision: str = BRANCH) -> Fetched:
     """The folder of a hub repository's model: its config, its cards, and one file of weights, all of one commit.
 
     repo: ORG/REPO. revision: a branch, tag or commit; what is cached of it is taken without asking the network.
@@ -93,7 +120,8 @@ def fetch_repo(repo: str, revision: str = "main") -> Path:
     """
     _check_repo_name(repo)
     missing = _Missing(f"hf:{repo}@{revision}", "ARCH")
-    folder = _from_hub(repo, [CONFIG, OPEN_CLIP_CONFIG], missing, revision).parent
+    asked = pinned_revision(repo, revision)
+    folder = _from_hub(repo, [CONFIG, OPEN_CLIP_CONFIG], missing, asked).parent
     for file in (OPEN_CLIP_CONFIG, CARD):
         if unknown := _bring_if_there(repo, file, missing, folder.name):
             logger.info("whether hf:%s has a %s is not known: %s", repo, file, unknown)
@@ -101,7 +129,7 @@ def fetch_repo(repo: str, revision: str = "main") -> Path:
     if library == "transformers" and (unknown := _bring_if_there(repo, PREPROCESSOR, missing, folder.name)):
         raise missing._replace(address=f"all of hf:{repo}").error(f"whether it has {PREPROCESSOR}: {unknown}")
     _from_hub(repo, list(WEIGHTS[library]), missing, folder.name)
-    return folder
+    return Fetched(folder, hub_address(repo, revision), folder.name)
 
 
 def _check_repo_name(repo: str) -> None:
@@ -119,13 +147,17 @@ def _check_repo_name(repo: str) -> None:
         ) from error
 
 
-def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str = "main") -> Path:
-    """The first of `files` that the repository has; a cached one is taken without asking the network."""
+def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str) -> Path:
+    """The first of `files` that the repository has; a cached one is taken without asking the network.
+
+    Raises WeightsError if it is neither cached nor reachable, or not what the hub described when it came.
+    """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     for file in files:
         if isinstance(cached := try_to_load_from_cache(repo, file, revision=revision), str):
+            require_undamaged(Path(cached))
             return Path(cached)
     missing = missing._replace(
         address=f"{constants.ENDPOINT}/{repo}/resolve/{revision}/{files[0]}", cache=constants.HF_HUB_CACHE
@@ -135,13 +167,15 @@ def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str = 
     for file in files:
         logger.info("downloading %s of %s", file, repo)
         try:
-            return Path(hf_hub_download(repo, file, revision=revision, etag_timeout=_CONNECT_SECONDS))
+            path = Path(hf_hub_download(repo, file, revision=revision, etag_timeout=_CONNECT_SECONDS))
         except LocalEntryNotFoundError as error:
             raise missing.error("the hub does not answer") from error
         except EntryNotFoundError:
             continue
         except (OSError, HfHubHTTPError) as error:
             raise _hub_refusal(repo, error, missing) from error
+        require_undamaged(path)
+        return path
     raise missing.error(f"{repo} has neither {' nor '.join(files)}")
 
 
@@ -185,7 +219,7 @@ def _hub_refusal(repo: str, error: Exception, missing: "_Missing") -> Exception:
     return missing.error(_first_line(error))
 
 
-def _from_url(url: str, sha256: str | None, missing: "_Missing") -> Path:
+def _from_url(url: str, sha256: str | None, missing: "_Missing") -> Fetched:
     """A file at a plain address, kept where `torch.hub` keeps its checkpoints."""
     import torch.hub
     from huggingface_hub import constants
@@ -201,7 +235,7 @@ def _from_url(url: str, sha256: str | None, missing: "_Missing") -> Path:
     if path.is_file():
         if sha256:
             verify(path, sha256)
-        return path
+        return Fetched(path, url)
     missing = missing._replace(address=url, cache=str(folder))
     if constants.HF_HUB_OFFLINE:
         raise missing.error("HF_HUB_OFFLINE is set")
@@ -211,7 +245,7 @@ def _from_url(url: str, sha256: str | None, missing: "_Missing") -> Path:
         raise missing.error(str(error)) from error
     except OSError as error:
         raise missing.error(_first_line(error)) from error
-    return path
+    return Fetched(path, url)
 
 
 def file_name(url: str) -> str:

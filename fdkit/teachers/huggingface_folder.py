@@ -77,6 +77,13 @@ def library_of(folder: Path) -> Library:
     )
 
 
+def describing_files(folder: Path) -> list[Path]:
+    """The file of weights and those that say its model and preprocessing; WeightsError if there are no weights."""
+    described = [folder / name for name in (CONFIG, OPEN_CLIP_CONFIG, PREPROCESSOR)]
+    weights = _weights_in(folder, WEIGHTS[library_of(folder)])
+    return [weights, *(path for path in described if path.is_file())]
+
+
 def read_folder(folder: Path) -> FolderModel:
     """What a folder says of its model; the weights are not opened.
 

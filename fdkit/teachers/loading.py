@@ -28,9 +28,10 @@ def load_teacher(
 ) -> Teacher:
     """The teacher a MODEL names.
 
-    name: a short name of the catalog; `timm:NAME`; `open_clip:ARCH/TAG`; `hf:ORG/REPO`; a file of weights
-        (.safetensors, .pth, .pt, .bin, ...); a run folder, or one of its checkpoints (RUN/checkpoints/step-00000200); a
-        folder from the hub; or `demo`.
+    name: a short name of the catalog; `timm:NAME`, `open_clip:ARCH/TAG` or `hf:ORG/REPO`, each followed by
+        `@REVISION` where another branch, tag or commit is meant than the newest; a file of weights (.safetensors,
+        .pth, .pt, .bin, ...); a run folder, or one of its checkpoints (RUN/checkpoints/step-00000200); a folder from
+        the hub; or `demo`.
     image_size: pixels the teacher is fed, None for its own size; position tables are resampled to it as the
         official code of its family does.
     pretrained: False builds catalog and library names with random weights, and says so loudly.
@@ -83,6 +84,7 @@ def load_audited(request: Request) -> tuple[Loaded, Teacher]:
         license=loaded.license,
         is_noncommercial=loaded.is_noncommercial,
         sha256=loaded.sha256,
+        origin=loaded.origin,
     )
     if request.precision == "bf16":
         teacher = teacher.to(torch.bfloat16)

@@ -17,10 +17,17 @@ from fdkit.teachers.catalog import CATALOG, Entry
 from fdkit.teachers.checkpoint_file import load_file, load_reading
 from fdkit.teachers.files import read_file, sha256_of
 from fdkit.teachers.hub import fetch_official, fetch_open_clip, fetch_repo, fetch_timm
-from fdkit.teachers.huggingface_folder import FolderModel, is_model_folder, read_folder, read_transformers
+from fdkit.teachers.huggingface_folder import (
+    FolderModel,
+    describing_files,
+    is_model_folder,
+    read_folder,
+    read_transformers,
+)
 from fdkit.teachers.licensing import UNSTATED, forbids_commerce
 from fdkit.teachers.official import positions
 from fdkit.teachers.official._layout import state_in
+from fdkit.teachers.origin import BRANCH
 from fdkit.teachers.request import Loaded, Request
 from fdkit.teachers.run_checkpoint import checkpoint_at
 from fdkit.teachers.run_folder import load_checkpoint, load_run
@@ -58,7 +65,10 @@ def load_model(request: Request) -> Loaded:
         return _load_demo(request)
     if kind == "hf":
         repo, _, revision = rest.partition("@")
-        return _load_folder(fetch_repo(repo, revision or "main"), request)._replace(source=request.name)
+        fetched = fetch_repo(repo, revision or BRANCH)
+        loaded = _load_folder(fetched.path, request)
+        origin = fetched.origin(describing_files(fetched.path))
+        return loaded._replace(source=request.name, origin=origin)
     checkpoint = checkpoint_at(path)
     if checkpoint is not None:
         return load_checkpoint(checkpoint, request)
@@ -85,6 +95,11 @@ def _load_named(request: Request) -> Loaded:
     if entry is not None and not entry.model:
         return _load_official(entry, request)
     library, _, name = (entry.model if entry else request.name).partition(":")
+    name, at, revision = name.partition("@")
+    if at and not revision:
+        raise ConfigError(
+            f"{request.name} names no revision", "write a branch, tag or commit behind @, or leave it out"
+        )
     name = _tagged(name) if library == "timm" else name
     entry = entry or next((row for row in CATALOG.values() if row.model == f"{library}:{name}"), None)
     with WithoutInit() if request.pretrained else nullcontext():
@@ -93,11 +108,18 @@ def _load_named(request: Request) -> Loaded:
     loaded = Loaded(backbone, f"{library}:{name}", license, is_noncommercial=forbids_commerce(license))
     if not request.pretrained:
         return _with_random_weights(loaded, request.name)
-    path = fetch_timm(name) if library == "timm" else fetch_open_clip(*name.split("/"))
+    if library == "timm":
+        fetched = fetch_timm(name, revision or None)
+    else:
+        arch, _, tag = name.partition("/")
+        fetched = fetch_open_clip(arch, tag, revision or None)
+    path = fetched.path
     state = state_in(read_file(path), source=str(path), checkpoint_key=request.checkpoint_key)
     family = entry.family if entry else ""
     audit = fit_library(backbone, state, source=str(path), resample=POSITIONS.get(family))
-    return loaded._replace(sha256=sha256_of(path), audit=audit, layout=f"{library}'s own file")
+    return loaded._replace(
+        sha256=sha256_of(path), audit=audit, layout=f"{library}'s own file", origin=fetched.origin()
+    )
 
 
 def _build_named(library: str, name: str, request: Request, entry: Entry | None) -> Backbone:
@@ -135,9 +157,10 @@ def _load_official(entry: Entry, request: Request) -> Loaded:
             + (f" ({entry.note})" if entry.note else "")
             + f", then give the file with --arch {entry.name}",
         )
-    path = fetch_official(official.url, sha256=official.sha256, name=entry.name)
+    fetched = fetch_official(official.url, sha256=official.sha256, name=entry.name)
     key = request.checkpoint_key or official.checkpoint_key
-    return load_file(path, request._replace(checkpoint_key=key), entry)._replace(source=official.url)
+    loaded = load_file(fetched.path, request._replace(checkpoint_key=key), entry)
+    return loaded._replace(source=official.url, origin=fetched.origin())
 
 
 def _with_random_weights(loaded: Loaded, name: str) -> Loaded:

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 from fdkit.models.backbone import Backbone
 from fdkit.teachers.official import Change
+from fdkit.teachers.origin import Origin
 
 
 class Request(NamedTuple):
@@ -36,5 +37,7 @@ class Loaded(NamedTuple):
     """For people: how the file was read, such as MoCo v3 (ViT); empty where a library reads its own file."""
     audit: tuple[Change, ...] = ()
     """What became of every tensor of the file; empty for random weights and run folders."""
+    origin: Origin | None = None
+    """Where published weights came from; None for files and folders of this machine, and for random weights."""
     assumption: str = ""
     """What the file does not show and was taken, in words."""

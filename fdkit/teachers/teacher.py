@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fdkit.models.backbone import Backbone, Tokens
 from fdkit.models.layers import layer_positions, list_layers
+from fdkit.teachers.origin import Origin
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -23,7 +24,8 @@ class Teacher(nn.Module):
     The backbone is held outside the module tree, so a method that holds a teacher has only its own parameters;
     `.to()`, `.cuda()` and `.half()` move it all the same.
     name: what the user called it; source: its long form; license: of its weights; is_noncommercial: whether that
-    licence forbids commercial use; sha256: of the weight file, None for random weights.
+    licence forbids commercial use; sha256: of the weight file, None for random weights; origin: where published weights
+    came from, None for those of this machine.
     """
 
     backbone: Backbone
@@ -37,6 +39,7 @@ class Teacher(nn.Module):
         license: str = "unstated",
         is_noncommercial: bool = False,
         sha256: str | None = None,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
         self.__dict__["backbone"] = backbone.eval().requires_grad_(False)
@@ -45,6 +48,7 @@ class Teacher(nn.Module):
         self.license = license
         self.is_noncommercial = is_noncommercial
         self.sha256 = sha256
+        self.origin = origin
         self.training = False
 
     @property
@@ -117,6 +121,7 @@ class Teacher(nn.Module):
             "license": self.license,
             "is_noncommercial": self.is_noncommercial,
             "sha256": self.sha256,
+            "origin": None if self.origin is None else self.origin._asdict(),
             "recipe": self.backbone.recipe,
         }
 

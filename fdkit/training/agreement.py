@@ -8,7 +8,7 @@ import hashlib
 import logging
 import platform
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -124,10 +124,12 @@ def require_agreed_teachers(
     before = {str(teacher.get("name")): teacher for teacher in recorded_teachers(dict(recorded))}
     for teacher in recorded_teachers(dict(facts)):
         old = before.get(str(teacher["name"]), {})
-        if old.get("sha256") and old["sha256"] != teacher["sha256"]:
+        files, old_files = ((one.get("origin") or {}).get("files", {}) for one in (teacher, old))
+        changed = [name for name in files if old_files.get(name, files[name]) != files[name]]
+        if changed or (old.get("sha256") and old["sha256"] != teacher["sha256"]):
             raise WeightsError(
-                f"{folder}: the teacher {teacher['name']} has other weights than those the run began with: "
-                f"{_identity(teacher)}, was {_identity(old)}",
+                f"{folder}: the teacher {teacher['name']} is not the one the run began with: "
+                f"{_identity(teacher, changed)}, was {_identity(old, changed)}",
                 "bring the former file back, or choose another --output",
             )
     if world.size > 1:
@@ -147,9 +149,13 @@ def _require_same_weights(facts: Mapping[str, Any], world: World) -> None:
                 )
 
 
-def _identity(teacher: Mapping[str, Any]) -> str:
-    revision = (teacher.get("origin") or {}).get("revision")
-    return f"SHA-256 {teacher.get('sha256')}" + (f" of revision {revision}" if revision else "")
+def _identity(teacher: Mapping[str, Any], files: Sequence[str]) -> str:
+    """Its checksums, and the revision they are of."""
+    origin = teacher.get("origin") or {}
+    known = origin.get("files", {})
+    digests = [f"{name} {known[name]}" for name in files if name in known] or [str(teacher.get("sha256"))]
+    of_revision = f" of revision {origin['revision']}" if origin.get("revision") else ""
+    return f"SHA-256 {', '.join(digests)}{of_revision}"
 
 
 @cache

@@ -34,6 +34,7 @@ from fdkit.methods.feature_distillation import whiten
 from fdkit.models.libraries import build_open_clip, build_timm
 from fdkit.teachers.catalog import CATALOG
 from fdkit.teachers.loading import load_teacher
+from fdkit.teachers.origin import Fetched
 
 ARCH, TAG = "fdkit-zero-shot-test", "made"
 MODEL = f"open_clip:{ARCH}/{TAG}"
@@ -71,7 +72,7 @@ def _published(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """open_clip knows the weights, and they are in the cache."""
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, ARCH, {TAG: {"hf_hub": "nobody/nothing/"}})
     for module in ("fdkit.teachers.model", "fdkit.evaluation.zero_shot"):
-        monkeypatch.setattr(f"{module}.fetch_open_clip", lambda arch, tag: weights)
+        monkeypatch.setattr(f"{module}.fetch_open_clip", lambda *_, **__: Fetched(weights, "somewhere"))
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +454,7 @@ def test_bad_input_is_one_sentence(photos: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match=r"neither openai nor simple and has no \{\} for the class name"):
         ZeroShotConfig(templates="a photo")
 
-    def missing(*_: str) -> Path:
+    def missing(*_: object) -> Fetched:
         raise WeightsError("the weights cannot be reached")
 
     monkeypatch.setattr(zero_shot, "fetch_open_clip", missing)

@@ -14,6 +14,7 @@ from fdkit.teachers import hub
 from fdkit.teachers.download import UnreachableError
 from fdkit.teachers.hub import fetch_official, fetch_open_clip, fetch_repo, fetch_timm, file_name
 from fdkit.teachers.loading import load_teacher
+from fdkit.teachers.origin import Fetched
 
 MOCOV3 = "https://dl.fbaipublicfiles.com/moco-v3/vit-s-300ep/vit-s-300ep.pth.tar"
 TORCH_HOME = "set TORCH_HOME"
@@ -43,7 +44,7 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_offline_and_not_cached_is_said_fast_with_the_way_out(
-    fetch: Callable[[], Path], architecture: str, tmp_path: Path
+    fetch: Callable[[], Fetched], architecture: str, tmp_path: Path
 ) -> None:
     start = time.perf_counter()
     with pytest.raises(WeightsError, match=r"not in the cache .* could not be downloaded") as raised:
@@ -84,7 +85,7 @@ def cached(tmp_path: Path, repo: str, files: dict[str, str], *, known_missing: t
 
 def test_a_cached_file_is_taken_without_the_network(tmp_path: Path) -> None:
     folder = cached(tmp_path, "timm/vit_small_patch16_224.dino", {"pytorch_model.bin": "x"})
-    assert fetch_timm("vit_small_patch16_224.dino") == folder / "pytorch_model.bin"
+    assert fetch_timm("vit_small_patch16_224.dino").path == folder / "pytorch_model.bin"
 
 
 def test_names_without_weights_are_refused() -> None:
@@ -118,7 +119,7 @@ def test_an_official_file_comes_to_torchs_folder_with_its_checksum(
 
     online(monkeypatch, download)
     path = tmp_path / "torch/checkpoints/vit-s-300ep.pth.tar"
-    assert fetch_official(MOCOV3, sha256="ab" * 32, name="mocov3_vits") == path
+    assert fetch_official(MOCOV3, sha256="ab" * 32, name="mocov3_vits").path == path
     openai = f"https://openaipublic.azureedge.net/clip/models/{'cd' * 32}/ViT-B-16.pt"
     fetch_official(openai, sha256=None, name="clip_vitb")
     assert seen == [(MOCOV3, path, "ab" * 32), (openai, path.with_name("ViT-B-16.pt"), "cd" * 32)]
@@ -129,8 +130,8 @@ def test_a_cached_official_file_is_verified_each_time(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(b"weights")
     right = hashlib.sha256(b"weights").hexdigest()
-    assert fetch_official(MOCOV3, sha256=right[:8], name="x") == path
-    assert fetch_official(MOCOV3, sha256=None, name="x") == path
+    assert fetch_official(MOCOV3, sha256=right[:8], name="x").path == path
+    assert fetch_official(MOCOV3, sha256=None, name="x").path == path
     with pytest.raises(WeightsError, match="wrong checksum") as raised:
         fetch_official(MOCOV3, sha256="00" * 32, name="x")
     assert "delete it" in raised.value.hint
@@ -186,8 +187,8 @@ VIT_CONFIG = '{"model_type": "vit"}'
 
 def test_a_cached_repository_is_taken_without_the_network(tmp_path: Path) -> None:
     folder = cached(tmp_path, "org/name", {"config.json": TIMM_CONFIG, "model.safetensors": "x"})
-    assert fetch_repo("org/name") == folder
-    assert fetch_repo("org/name", COMMIT) == folder
+    assert fetch_repo("org/name").path == folder
+    assert fetch_repo("org/name", COMMIT).path == folder
 
 
 def test_offline_what_decides_the_statistics_has_to_be_known(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_offline_what_decides_the_statistics_has_to_be_known(tmp_path: Path) -> 
     with pytest.raises(WeightsError, match=r"hf:org/name@main .* whether it has preprocessor_config.json"):
         fetch_repo("org/name")
     folder = cached(tmp_path, "org/other", files, known_missing=("preprocessor_config.json",))
-    assert fetch_repo("org/other") == folder
+    assert fetch_repo("org/other").path == folder
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_a_repository_comes_in_one_version_with_the_weights_its_files_name(
         return str(path)
 
     online(monkeypatch, download)
-    folder = fetch_repo("org/name", "v2")
+    folder = fetch_repo("org/name", "v2").path
     assert folder == tmp_path / "snapshots" / COMMIT
     assert asked[0] == ("config.json", "v2")
     assert {revision for _, revision in asked[2:]} <= {COMMIT}

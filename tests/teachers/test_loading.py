@@ -11,6 +11,7 @@ from fdkit.models.libraries import build_timm, save_backbone
 from fdkit.teachers import building, model
 from fdkit.teachers.files import sha256_of
 from fdkit.teachers.loading import load_teacher
+from fdkit.teachers.origin import Fetched
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -231,7 +232,7 @@ def test_published_files_load_whole_without_their_classifier(
     network = timm.create_model(name).eval()
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(network.state_dict(), path)
-    monkeypatch.setattr(model, "fetch_timm", lambda name: path)
+    monkeypatch.setattr(model, "fetch_timm", lambda name, revision: Fetched(path, "somewhere"))
     teacher = load_teacher(f"timm:{name}")
     images = torch.rand(1, 3, teacher.image_size, teacher.image_size)
     plain = build_timm(name, {}).eval()

@@ -19,6 +19,7 @@ from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.official import Network, Reading
 from fdkit.teachers.official._layout import state_in
 from fdkit.teachers.official.mocov3 import LAYOUTS as MOCOV3
+from fdkit.teachers.origin import Fetched
 from tests.official_files import filled
 
 IMAGES = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(5))
@@ -120,7 +121,7 @@ def test_hosted_weights_are_resampled_as_their_authors_do(
 ) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(mocov3_state, path)
-    monkeypatch.setattr(model, "fetch_timm", lambda name: path)
+    monkeypatch.setattr(model, "fetch_timm", lambda name, revision: Fetched(path, "somewhere"))
     network = load_teacher(name, image_size=288).backbone.network
     expected = resample(mocov3_state["pos_embed"], 18)  # type: ignore[operator]
     assert torch.allclose(network.pos_embed, expected, atol=1e-6)
@@ -169,9 +170,9 @@ def test_hub_names_reach_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = folder_of(tmp_path / "folder", config, state)
     asked: list[tuple[str, str]] = []
 
-    def fetch(repo: str, revision: str) -> Path:
+    def fetch(repo: str, revision: str) -> Fetched:
         asked.append((repo, revision))
-        return folder
+        return Fetched(folder, f"hf:{repo}@{revision}")
 
     monkeypatch.setattr(model, "fetch_repo", fetch)
     teacher = load_teacher("hf:someone/model@v2")
