@@ -1,7 +1,11 @@
 """The errors a user can meet, each with its exit code; every other exception is a bug (exit code 1)."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class FdkitError(Exception):
@@ -73,3 +77,57 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A phrase naming the nearest known names, such as "did you mean clip_vitl?"; empty if none is near."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BARRED = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENODEV,
+}
+_NUMBER = re.compile(r"os error (\d+)\b")
+
+
+def write_failure(
+    error: BaseException, folder: Path | None = None, hint: str = ""
+) -> ResourceError | OutputError | None:
+    """What a write that failed means for the user; None for any other error.
+
+    A full disk counts wherever it is met; what cannot be written for another reason, only below `folder`.
+    hint: what to do once there is room.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (found := _NUMBER.search(str(error))):  # safetensors gives it in words alone
+        number = int(found[1])
+    name = getattr(error, "filename", None)
+    where = name if name is not None else folder
+    told = getattr(error, "strerror", None) or str(error)
+    what = f"{where}: {told}" if where is not None else told
+    if number in _FULL:
+        return ResourceError(f"no room left on the disk: {what}", hint or "free some space and run it again")
+    if number not in _BARRED or folder is None:
+        return None
+    if name is not None and not Path(str(name)).absolute().is_relative_to(folder.absolute()):
+        return None
+    return OutputError(
+        f"cannot be written: {what}", "see whether the folder's disk is there and may be written"
+    )
+
+
+@contextmanager
+def write_failures_explained(folder: Path, hint: str = "") -> Iterator[None]:
+    """Turn a failed write into the error that `write_failure` makes of it."""
+    try:
+        yield
+    except FdkitError:
+        raise
+    except Exception as error:
+        explained = write_failure(error, folder, hint)
+        if explained is None:
+            raise
+        raise explained from error

@@ -9,27 +9,34 @@ import fcntl
 import json
 import logging
 import os
-import platform
 import socket
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
-import torch
-
 from fdkit.config import parse_yaml
-from fdkit.errors import ConfigError, DistributedError, FdkitError, OutputError, PreemptedError
+from fdkit.errors import (
+    ConfigError,
+    DistributedError,
+    FdkitError,
+    OutputError,
+    PreemptedError,
+    write_failure,
+    write_failures_explained,
+)
 from fdkit.training.agreement import flat, require_same_setting
 from fdkit.training.checkpoint import write_whole
 from fdkit.training.distributed import current_world, launchers, told_of_loss
+from fdkit.training.environment import environment
+from fdkit.training.run_files import QuietLog, count_damaged_metrics, kind_of, read_metrics, read_status
+
+__all__ = ["Run", "check_unchanged", "environment", "error_text", "read_metrics"]
 
 log = logging.getLogger("fdkit")
 
@@ -43,7 +50,9 @@ HARMLESS = (
     "train.save_every_steps", "train.keep_checkpoints", "train.timeout_seconds", "train.max_bad_steps",
 )  # fmt: skip
 """Fields that a resumed run may change: they do not change what is learned."""
-PACKAGES = ("fdkit", "torch", "torchvision", "timm", "open-clip-torch", "numpy", "pillow", "safetensors")
+HINT_OF_A_FULL_DISK = (
+    "free some space (the checkpoints that are there are intact), then run the same command with --resume"
+)
 
 
 class Run:
@@ -89,14 +98,14 @@ class Run:
         launchers_now = launchers(current_world())
         if not current_world().is_main:
             return cls(folder, config_yaml, resumed=resume, writes=False)
-        there = folder.is_dir() and any(folder.iterdir())
-        is_run = (folder / "run.json").is_file()
-        is_restart = is_run and _begun_by(folder, launchers_now)
+        kind = kind_of(folder)
+        there = kind != "empty"
+        is_restart = kind == "run" and _begun_by(folder, launchers_now)
         if is_restart:
             log.info("started again by torchrun: the run in %s goes on", folder)
             resume, overwrite = True, False
-        if there and not (is_run and (resume or overwrite)):
-            raise _occupied(folder, is_run=is_run)
+        if there and not (kind == "run" and (resume or overwrite)):
+            raise _occupied(folder, is_run=kind == "run")
         if there and overwrite:
             _move_away(folder)
             there = False
@@ -106,7 +115,8 @@ class Run:
         run._launchers = launchers_now
         run._acquire(is_restart=is_restart)
         try:
-            run._open(list(sys.argv if command is None else command))
+            with write_failures_explained(folder):
+                run._open(list(sys.argv if command is None else command))
         except BaseException:
             run._release()
             raise
@@ -114,7 +124,12 @@ class Run:
 
     def __enter__(self) -> Self:
         if self.writes:
-            self._log_handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+            try:
+                with write_failures_explained(self.folder):
+                    self._log_handler = QuietLog(self.folder / "log.txt", encoding="utf-8")
+            except BaseException:
+                self._release()
+                raise
             self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             self._log_level = log.level
             log.setLevel(logging.DEBUG)
@@ -126,24 +141,41 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loss.close()
-        state, code = _outcome(error)
-        if not self.writes:
-            if error is not None and state == "failed" and self.folder.is_dir():
-                self._write_error(f"rank-{current_world().rank}-traceback.txt", error_text(error))
-            return
+        explained = None if error is None else write_failure(error, self.folder, HINT_OF_A_FULL_DISK)
+        ended = explained or error
         try:
-            reason = str(error) if error is not None and str(error) else (kind.__name__ if kind else "")
-            if error is not None and state == "failed":
-                self.save_error("traceback.txt", error_text(error))
-            self.update(state=state, exit_code=code, reason=reason, ended=_now())
-        except OSError as failure:  # a full disk must not hide the error that ended the run
-            log.error("%s: cannot record how the run ended: %s", self.folder, failure)
+            lost = self._record_end(ended, kind)
         finally:
             if self._log_handler is not None:
                 log.removeHandler(self._log_handler)
                 log.setLevel(self._log_level)
-                self._log_handler.close()
+                with suppress(OSError):  # what a full disk did not take is said by now
+                    self._log_handler.close()
             self._release()
+        if explained is not None:
+            raise explained from error
+        if error is None and lost is not None:
+            raise write_failure(lost, self.folder, HINT_OF_A_FULL_DISK) or lost
+
+    def _record_end(self, error: BaseException | None, kind: type[BaseException] | None) -> OSError | None:
+        """Say in run.json how the run ended; what kept that from being written."""
+        state, code = _outcome(error)
+        if not self.writes:
+            if error is not None and state == "failed" and self.folder.is_dir():
+                self._write_error(f"rank-{current_world().rank}-traceback.txt", error_text(error))
+            return None
+        reason = str(error) if error is not None and str(error) else (kind.__name__ if kind else "")
+        try:
+            if error is not None and state == "failed":
+                self.save_error("traceback.txt", error_text(error))
+        except OSError as failure:  # a full disk must not hide the error that ended the run
+            log.error("%s: cannot keep the traceback: %s", self.folder, failure)
+        try:
+            self.update(state=state, exit_code=code, reason=reason, ended=_now())
+        except OSError as failure:
+            log.error("%s: cannot record how the run ended: %s", self.folder, failure)
+            return failure
+        return None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -202,6 +234,8 @@ class Run:
         """Drop the lines of steps that will be done again, so that each step is there once."""
         path = self.folder / "metrics.jsonl"
         if self.writes and path.exists():
+            if damaged := count_damaged_metrics(self.folder):
+                log.warning("%s: %d damaged lines are left out", path, damaged)
             kept = [line for line in self.metrics() if line["step"] <= step]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -223,9 +257,9 @@ class Run:
         """Check or write config.yaml and begin run.json."""
         config = self.folder / "config.yaml"
         if self.resumed:
-            self._facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-            if config.exists():
-                check_unchanged(config.read_text(encoding="utf-8"), self.config_yaml, self.folder)
+            self._facts = read_status(self.folder)
+        if self.resumed and config.exists():
+            check_unchanged(_text_of(config), self.config_yaml, self.folder)
         else:
             write_whole(config, self.config_yaml)
         self.update(
@@ -253,7 +287,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise OutputError(
+            raise write_failure(error) or OutputError(
                 f"{self.folder}: cannot be written: {error.strerror}", "choose another --output"
             ) from error
         try:
@@ -265,15 +299,23 @@ class Run:
             log.info(
                 "%s: taking over the lock of pid %s on %s, which ended", path, holder["pid"], holder["host"]
             )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
         self._lock = descriptor
         Run._held.add(path)
+        try:
+            with write_failures_explained(self.folder):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(
+                    descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0
+                )
+        except BaseException:
+            self._release()
+            raise
 
     def _release(self) -> None:
         if self._lock is None:
             return
-        os.ftruncate(self._lock, 0)  # removing it would let two others lock two files of one name
+        with suppress(OSError):  # the kernel lets go in any case
+            os.ftruncate(self._lock, 0)  # removing it would let two others lock two files of one name
         os.close(self._lock)
         self._lock = None
         Run._held.discard(self.folder / "lock")
@@ -298,32 +340,6 @@ def check_unchanged(before: str, now: str, folder: Path) -> None:
 def error_text(error: BaseException) -> str:
     """The traceback, with what caused it."""
     return "".join(traceback.format_exception(error))
-
-
-def environment() -> dict[str, Any]:
-    """Versions, the package's git commit if it runs from a checkout, and the hardware."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    hardware: dict[str, Any] = {
-        "machine": platform.machine(),
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        hardware["cuda"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"versions": versions, "commit": _commit(), "hardware": hardware}
-
-
-def _cpu_name() -> str:
-    """The processor's model, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _outcome(error: BaseException | None) -> tuple[State, int]:
@@ -404,32 +420,15 @@ def _lock_or_refuse(descriptor: int, folder: Path, *, is_restart: bool) -> dict[
     return holder
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl, none if it is not there; one cut short by a crash is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = []
-    for line in lines:
-        if line.endswith("\n"):
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with + if files differ from it; None if installed."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
+def _text_of(config: Path) -> str:
+    """The text of config.yaml. Raises ConfigError if it is none."""
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+        return config.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{config}: damaged: {error}",
+            "put a sound copy back, or move it away and resume with the same options: it is then written anew",
+        ) from error
 
 
 def _now() -> str:

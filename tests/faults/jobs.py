@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from faults.kills import Job, digest, left_by_training
+from PIL import Image
+from segmentation_folders import scene, write_pair
 
 SHORT = [
     *("--train.batch-size", "64", "--train.epochs", "1", "--train.precision", "fp32"),
@@ -76,32 +79,120 @@ def left_by_finetuning(folder: Path) -> dict[str, str]:
     return left_by_training(folder) | {"top1": str(numbers["top1"]), "nll": str(numbers.get("nll"))}
 
 
-def evaluate(folder: Path) -> list[str]:
-    """Features of all digits into a cache, and kNN on them."""
-    kept = ["--cache", str(folder / "cache"), "--output", str(folder / "knn.json")]
-    return ["evaluate", "knn", "demo", "--data", "digits", *kept, "--batch-size", "32", "--device", "cpu"]
+def evaluate(kind: str, folder: Path) -> list[str]:
+    """Features of all digits into a cache, and a measurement of them."""
+    kept = ["--cache", str(folder / "cache"), "--output", str(folder / "result.json")]
+    return ["evaluate", kind, "demo", "--data", "digits", *kept, "--batch-size", "32", "--device", "cpu"]
 
 
 def left_by_evaluation(folder: Path) -> dict[str, str]:
     """The accuracy and every cached feature."""
-    numbers = json.loads((folder / "knn.json").read_text())
-    arrays = {path.name: digest(path.read_bytes()) for path in (folder / "cache").rglob("*.bin")}
-    return arrays | {"top1": str(numbers["top1"]), "hits": digest(json.dumps(numbers.get("hits")).encode())}
+    numbers = json.loads((folder / "result.json").read_text())
+    arrays = {path.name: digest(path.read_bytes()) for path in (folder / "cache").rglob("*.f32")}
+    assert arrays
+    return arrays | {"top1": str(numbers["top1"])}
+
+
+def pictures(folder: Path, count: int) -> Path:
+    """A folder of class folders with little pictures of random pixels; made once."""
+    done = folder / "done"
+    for number in range(0 if done.exists() else count):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        path = folder / "images" / "train" / "ab"[number % 2] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    done.touch()
+    return folder / "images"
+
+
+def pack(*further: str) -> Job:
+    """Sixty pictures, made smaller, into shards of five."""
+
+    def commands(folder: Path) -> list[list[str]]:
+        images = pictures(folder.parent / "pack", 60)
+        sizes = ("--short-side", "32", "--images-per-shard", "5", *further)
+        return [["pack", str(images), "--output", str(folder / "out"), *sizes]]
+
+    def result(folder: Path) -> dict[str, str]:
+        paths = [path for path in (folder / "out").rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): digest(path.read_bytes()) for path in paths}
+
+    return Job(f"pack {' '.join(further)}".strip(), commands, (), result)
+
+
+def cached_distillations() -> Job:
+    """A distillation that fills a teacher cache, and another student's that reads it."""
+
+    def commands(folder: Path) -> list[list[str]]:
+        kept = ["--teacher-cache.folder", str(folder / "cache"), "--teacher-cache.views", "1"]
+        first = [*distill(*kept), "--output", str(folder / "first")]
+        second = [*distill(*kept, "--student.width", "32"), "--output", str(folder / "second")]
+        return [first, second]
+
+    def result(folder: Path) -> dict[str, str]:
+        runs = {
+            f"{run} {name}": value
+            for run in ("first", "second")
+            for name, value in left_by_training(folder / run).items()
+        }
+        return runs | {path.name: digest(path.read_bytes()) for path in (folder / "cache").rglob("records-*")}
+
+    return Job("two distillations with a teacher cache", commands, ("--resume",), result)
+
+
+def segment() -> Job:
+    """A linear head on the embedded teacher, for the classes of coloured rectangles."""
+
+    def commands(folder: Path) -> list[list[str]]:
+        scenes = folder.parent / "scenes"
+        if not scenes.exists():
+            for split, count in {"train": 12, "test": 3}.items():
+                for number in range(count):
+                    image, mask = scene(number, 24, 40)
+                    stem = f"{split}/{number:03d}"
+                    write_pair(scenes / "images", scenes / "masks", stem, image, Image.fromarray(mask))
+        sizes = ("--train.epochs", "3", "--train.batch-size", "4", "--train.precision", "fp32")
+        every = ("--train.save-every-steps", "3", "--train.log-every-steps", "2")
+        where = ("--loader.workers", "0", "--device", "cpu", "--output", str(folder))
+        return [["segment", "demo", "--data", str(scenes), *sizes, *every, *where]]
+
+    def result(folder: Path) -> dict[str, str]:
+        numbers = json.loads((folder / "results" / "segmentation-test.json").read_text())
+        return left_by_training(folder) | {"miou": str(numbers["miou"])}
+
+    return Job("segment", commands, ("--resume",), result)
 
 
 def training(name: str, arguments: list[str], result: Any = left_by_training) -> Job:
     """A command that trains into its folder."""
-    return Job(name, lambda folder: [*arguments, "--output", str(folder)], ("--resume",), result)
+    return Job(name, lambda folder: [[*arguments, "--output", str(folder)]], ("--resume",), result)
+
+
+def shortest() -> Job:
+    """A distillation of five steps with three checkpoints."""
+    little = ("--train.batch-size", "256", "--train.save-every-steps", "2", "--monitor.every-epochs", "0")
+    return training("distill", distill(*little, "--monitor.collapse-every-epochs", "0"))
+
+
+def extraction(kind: str) -> Job:
+    """A measurement of cached features."""
+    name = f"evaluate {kind} (feature extraction)"
+    return Job(name, lambda folder: [evaluate(kind, folder)], (), left_by_evaluation)
 
 
 def all_jobs() -> list[Job]:
-    """One job for every way of training, and for what extracts and caches."""
+    """One job for every way of training, and for what extracts, packs and caches."""
     from fdkit.commands.pretrain import choices
 
     return [
         training("distill", distill()),
         training("distill with two workers", distill("--loader.workers", "2")),
+        cached_distillations(),
         *(training(f"pretrain {method}", pretrain(method)) for method in choices()),
         training("finetune", finetune(), left_by_finetuning),
-        Job("evaluate knn (feature extraction)", evaluate, (), left_by_evaluation),
+        segment(),
+        extraction("knn"),
+        extraction("linear"),
+        pack("--workers", "0"),
+        pack("--workers", "2"),
     ]

@@ -1,0 +1,103 @@
+"""The files of a run folder as they may be found: whole, damaged, or hardly begun."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+log = logging.getLogger("fdkit")
+
+STATUS_FILE = "run.json"
+LOCK_FILE = "lock"
+CONFIG_FILE = "config.yaml"
+_BEGINNINGS = {LOCK_FILE, CONFIG_FILE, f".{CONFIG_FILE}.partial", f".{STATUS_FILE}.partial"}
+
+
+def kind_of(folder: Path) -> Literal["empty", "run", "other"]:
+    """What a folder holds: nothing, a run, or something else.
+
+    Nothing is also the little that a process leaves that was killed before its run began: the lock, made first, and
+    the configuration. A run that lost its run.json is one while its configuration and checkpoints are there.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names or (LOCK_FILE in names and names <= _BEGINNINGS):
+        return "empty"
+    is_run = (folder / STATUS_FILE).is_file() or {LOCK_FILE, CONFIG_FILE, "checkpoints"} <= names
+    return "run" if is_run else "other"
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What run.json says; a damaged one is set aside by name, and nothing is known then, nor if it is not there.
+
+    What is lost is where the numbers come from; what was learned is in the checkpoints.
+    """
+    path = folder / STATUS_FILE
+    try:
+        facts = json.loads(path.read_bytes())
+        if isinstance(facts, dict) and _has_sane_parts(facts):
+            return facts
+        damage = "it is not what was written"
+    except FileNotFoundError:
+        log.warning("%s is not there: what it said of this run's beginning is lost", path)
+        return {}
+    except (ValueError, RecursionError) as error:
+        damage = str(error)
+    aside = set_aside(path)
+    log.warning("%s cannot be read (%s): set aside as %s; the run goes on", path, damage, aside.name)
+    return {}
+
+
+def _has_sane_parts(facts: dict[str, Any]) -> bool:
+    """Whether the facts that a resumed run builds on are of their kinds."""
+    data, launchers = facts.get("data", {}), facts.get("launchers", [])
+    return (
+        isinstance(facts.get("resumes", 0), int)
+        and isinstance(facts.get("started", ""), str)
+        and isinstance(data, dict)
+        and (not data or all(isinstance(data.get(name), str) for name in ("name", "fingerprint")))
+        and isinstance(launchers, list)
+    )
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to NAME.corrupt-N; its new path."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's metrics.jsonl, none if it is not there; torn and damaged ones are left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows = [_row(line) for line in lines if line.endswith(b"\n")]
+    return [row for row in rows if row is not None]
+
+
+def count_damaged_metrics(folder: Path) -> int:
+    """Whole lines of metrics.jsonl that are none of a step's; a last one that was cut short does not count."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") - len(read_metrics(folder)) if path.exists() else 0
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+class QuietLog(logging.FileHandler):
+    """A log file that says once, on standard error, that it cannot be written, instead of a traceback a line."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name is logging's
+        """Tell of the first failure alone; the run ends, if it must, by what it fails to write itself."""
+        if self._failed:
+            return
+        self._failed = True
+        log.warning("%s cannot be written any more; what is said is not kept there", self.baseFilename)
