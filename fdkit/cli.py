@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from textwrap import fill
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from fdkit import __version__
 from fdkit.config import Config, Values, check_recipe, find_recipe, read_yaml, recipe_names, validate
-from fdkit.errors import ConfigError, FdkitError, PreemptedError, did_you_mean
+from fdkit.errors import ConfigError, FdkitError, PreemptedError, did_you_mean, write_failure
 
 
 class CommandEntry(NamedTuple):
@@ -96,17 +97,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     _log_to_stderr()
     try:
         code = _dispatch([argument for argument in arguments if argument != "--debug"])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed before the start
+            sys.stdout.flush()
     except FdkitError as error:
         code = error.exit_code
         _report(error, debug)
     except BrokenPipeError:  # the reader of our output left, as `head` does; nothing of ours failed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         code = 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception as error:
+        explained = write_failure(error)
+        if explained is None:
+            raise
+        _drop_output()  # or what is still to be printed would fail again, without words
+        code = explained.exit_code
+        _report(explained, debug)
     sys.exit(code)
+
+
+def _drop_output() -> None:
+    """Have nobody read what is still to be printed, if nobody can."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -293,7 +310,8 @@ def _report(error: FdkitError, debug: bool) -> None:
     if debug:
         traceback.print_exception(error, file=sys.stderr)
     label = "stopped" if isinstance(error, PreemptedError) else "error"
-    print(f"{label}: {error}", file=sys.stderr)
+    with suppress(BrokenPipeError):  # nobody listens: the exit code tells it
+        print(f"{label}: {error}", file=sys.stderr)
 
 
 class _Prefix(logging.Formatter):

@@ -19,7 +19,7 @@ from fdkit.config import C, Config, Values, find_recipe, read_yaml, recipe_names
 from fdkit.data.loader import LoaderConfig, evaluation_batches
 from fdkit.data.sources import ImageSource
 from fdkit.data.subset import Subset
-from fdkit.errors import ConfigError, OutputError
+from fdkit.errors import ConfigError, OutputError, write_failure
 
 if TYPE_CHECKING:
     from fdkit.teachers.teacher import Teacher
@@ -159,11 +159,13 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
 
 
 def write_result(path: Path, numbers: dict[str, Any]) -> None:
-    """Write numbers as JSON, whole or not at all. Raises OutputError if it cannot be written."""
+    """Write numbers as JSON, whole or not at all. Raises OutputError if it cannot be written, ResourceError
+    if the disk is full.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(numbers, indent=2) + "\n")
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        raise write_failure(error) or OutputError(f"{path}: cannot be written: {error.strerror}") from error

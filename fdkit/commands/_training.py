@@ -1,5 +1,6 @@
 """What the commands that train share: their fields, and the way from a method to a finished run folder."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,8 @@ from fdkit.training.distributed import broadcast, local_device, process_group
 from fdkit.training.loop import Monitor, TrainConfig, train
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.run import Run
+
+log = logging.getLogger("fdkit")
 
 NUM_PICTURES = 20
 """Pictures of reconstructions a run draws where the monitor's interval does not say."""
@@ -116,8 +119,13 @@ def train_and_draw(
             monitors=monitors,
             handle_signals=handle_signals,
         )
-    finally:
-        save_curves(run)
+    except BaseException:
+        try:
+            save_curves(run)
+        except OSError as error:  # which must not hide what ended the run
+            log.error("%s: the curves cannot be drawn: %s", run.folder, error)
+        raise
+    save_curves(run)
 
 
 def save_curves(run: Run) -> None:
