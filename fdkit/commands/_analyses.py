@@ -11,7 +11,7 @@ from fdkit.analysis._rows import numbers_to_csv
 from fdkit.analysis.observe import Observed
 from fdkit.commands._command import config_of, plugin, plugins, write_result
 from fdkit.config import Config, validate
-from fdkit.errors import ConfigError, OutputError
+from fdkit.errors import ConfigError, OutputError, write_failure
 
 SUFFIXES = ("json", "csv", "svg", "png")
 ATTENTION = ("attention-distance", "head-similarity", "attention-maps", "attention-entropy")
@@ -82,5 +82,6 @@ def save(folder: Path, name: str, analysis: Analysis, facts: Mapping[str, Any]) 
         files["csv"].write_text(numbers_to_csv(analysis.numbers), encoding="utf-8")
         save_figure(analysis.figure(), folder / name)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
+        failed = write_failure(error) or OutputError(f"{folder}: cannot be written: {error.strerror}")
+        raise failed from error
     return numbers

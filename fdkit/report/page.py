@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fdkit.analysis._figure import NARROW, WIDE, figure_bytes
-from fdkit.errors import OutputError
+from fdkit.errors import OutputError, write_failure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,7 +133,8 @@ def write_page(
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"cannot write the page {path}: {error.strerror}") from error
+        failed = write_failure(error) or OutputError(f"cannot write the page {path}: {error.strerror}")
+        raise failed from error
     return path
 
 

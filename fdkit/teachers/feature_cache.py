@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fdkit.errors import OutputError, ResourceError
+from fdkit.errors import OutputError, ResourceError, write_failure
 from fdkit.teachers.cache_cost import HEADER_BYTES, CacheDtype, record_bytes
 
 MARK = b"fdk1"
@@ -143,7 +143,7 @@ class FeatureCache:
             try:
                 self._files[key] = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError as error:
-                raise OutputError(
+                raise write_failure(error) or OutputError(
                     f"{self.folder / name}: cannot be opened: {error.strerror}",
                     "choose another --teacher-cache folder",
                 ) from error
