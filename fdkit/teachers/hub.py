@@ -153,7 +153,7 @@ def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str) -
     Raises WeightsError if it is neither cached nor reachable, or not what the hub described when it came.
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in files:
         if isinstance(cached := try_to_load_from_cache(repo, file, revision=revision), str):
@@ -172,7 +172,7 @@ def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str) -
             raise missing.error("the hub does not answer") from error
         except EntryNotFoundError:
             continue
-        except (OSError, HfHubHTTPError) as error:
+        except Exception as error:  # the client's own, or its HTTP library's: that depends on its version
             raise _hub_refusal(repo, error, missing) from error
         require_undamaged(path)
         return path
@@ -182,18 +182,24 @@ def _from_hub(repo: str, files: list[str], missing: "_Missing", revision: str) -
 def _bring_if_there(repo: str, file: str, missing: "_Missing", commit: str) -> str:
     """Brings a file that a repository may not have, as the cache may know; why that cannot be asked, or nothing."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    if try_to_load_from_cache(repo, file, revision=commit) is not None:
+    cached = try_to_load_from_cache(repo, file, revision=commit)
+    if cached is not None:
+        if isinstance(cached, str):
+            require_undamaged(Path(cached))
         return ""
     if reason := _why_unreachable():
         return reason
     try:
-        hf_hub_download(repo, file, revision=commit, etag_timeout=_CONNECT_SECONDS)
-    except EntryNotFoundError as error:
-        return _first_line(error) if isinstance(error, OSError) else ""
-    except OSError as error:
+        path = Path(hf_hub_download(repo, file, revision=commit, etag_timeout=_CONNECT_SECONDS))
+    except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError, too
+        return _first_line(error)
+    except EntryNotFoundError:
+        return ""
+    except Exception as error:  # as in _from_hub
         raise _hub_refusal(repo, error, missing) from error
+    require_undamaged(path)
     return ""
 
 

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from faults.jobs import STUDENT
-from faults.kills import end_group, last_words, wait
+from faults.kills import end_group, last_words, preload, start, wait
 from PIL import Image
 
 QUICK = [
@@ -38,33 +37,19 @@ class End(NamedTuple):
 
 def start_rank(arguments: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str]) -> int:
     """Process id of a child that runs the command line in a folder."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.setsid()
+
+    def prepare() -> None:
         os.environ.update(environment)
         os.chdir(folder)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        if digest := environment.get("PRETENDED_CODE"):
+        if code := environment.get("PRETENDED_CODE"):
             from fdkit.training import agreement
 
-            pretended = agreement.software() | {"fdkit": digest}
+            pretended = agreement.software() | {"fdkit": code}
             agreement.software = lambda: pretended  # type: ignore[assignment]
-        from fdkit.cli import main
 
-        main(list(arguments))
-    except SystemExit as end:
-        os._exit(end.code if isinstance(end.code, int) else 1)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    os._exit(1)
+    preload()
+    log.unlink(missing_ok=True)
+    return start([list(arguments)], log, prepare=prepare)
 
 
 def run_ranks(
