@@ -372,7 +372,7 @@ def _begun_by(folder: Path, launchers_now: list[str]) -> bool:
     try:
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         return bool(set(facts.get("launchers", [])) & set(launchers_now))
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return False
 
 
@@ -400,7 +400,7 @@ def _lock_or_refuse(descriptor: int, folder: Path, *, is_restart: bool) -> dict[
     text = os.pread(descriptor, 1000, 0)
     try:
         holder = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         holder = {}
     if not isinstance(holder, dict) or not {"pid", "host"} <= holder.keys():
         holder = {}
