@@ -408,7 +408,8 @@ class Trainer:
                 self.window.load(state["windows"][self.world.rank], self.device)
             if self.world.is_main:
                 log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, name)
-        self.run.forget_metrics_after(self.step)
+        begins_anew = found is None  # also a run that was killed before it saved anything, and had logged step 0
+        self.run.forget_metrics_after(-1 if begins_anew else self.step)
 
     @contextmanager
     def whole(self) -> Iterator[Method]:

@@ -17,6 +17,7 @@ from faults.kills import Death, finish, kill_at_every_change, kill_jobs, start, 
 from fdkit.errors import OutputError
 from fdkit.training import environment
 from fdkit.training.run import Run
+from tests.training.training_toys import train_toy, untimed_metrics
 
 CONFIG = "data: photos\n"
 
@@ -161,3 +162,22 @@ def test_killed_at_changes_spread_over_all(tmp_path: Path) -> None:
     result = kill_at_every_change(tmp_path, amount=26, seed=0)
     assert result["failures"] == []
     assert result["changes_of_a_run"] > 60
+
+
+def test_what_was_measured_before_a_first_checkpoint_stands_there_once(tmp_path: Path) -> None:
+    """A run killed before it saved anything begins anew, and what it had logged at step 0 is logged again."""
+
+    class Measure:
+        every_steps = 2
+
+        def __call__(self, method: object, step: int) -> dict[str, float]:
+            return {"step_again": float(step)}
+
+    def killed() -> None:
+        train_toy(tmp_path, monitors=[Measure()])
+
+    assert killed_while(killed, tmp_path / "checkpoints", 1)
+    assert {row["step"] for row in untimed_metrics(tmp_path)} >= {0, 2}
+    killed()
+    measured = [row["step"] for row in untimed_metrics(tmp_path) if "monitor/step_again" in row]
+    assert measured == sorted(set(measured))
