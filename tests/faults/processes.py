@@ -7,15 +7,19 @@ this machine, each in a working folder of its own, as hosts have their own disks
 import os
 import random
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from faults.jobs import STUDENT
-from faults.kills import end_group, last_words, preload, start, wait
+from faults.kills import end_group, last_words, left_by_training, preload, start, wait
 from PIL import Image
 
 QUICK = [
@@ -196,3 +200,192 @@ def set_apart(folder: Path, *, amount: int, seed: int) -> dict[str, Any]:
         seconds.append(end.seconds)
         shutil.rmtree(place)
     return {"tried": amount, "failures": failures, "longest_seconds": round(max(seconds), 1)}
+
+
+FAULTS = (
+    ("SIGKILL", 1, 2), ("SIGKILL", 0, 0), ("SIGSTOP", 1, 0), ("SIGKILL", 0, 2),
+    ("SIGKILL", 1, 0), ("SIGSTOP", 0, 2), ("SIGKILL", 0, 2), ("SIGKILL", 1, 2),
+)  # fmt: skip
+"""What happens to which rank, and how often torchrun may start the processes again."""
+STEPS = 60
+
+
+def torchrun(
+    folder: Path, *further: str, restarts: int = 0, port: int | None = None
+) -> subprocess.Popen[str]:
+    """A distillation of 60 steps by two ranks under torchrun, in a folder that has photos/; output goes to `said`."""
+    meeting = ["--standalone"] if port is None else ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node=2"]
+    command += [
+        f"--max-restarts={restarts}",
+        "-m",
+        "fdkit",
+        "distill",
+        "--teacher",
+        "demo",
+        "--data",
+        "photos",
+    ]
+    command += [*STUDENT, *QUICK, "--train.epochs", "20", "--train.log-every-steps", "1", "--output", "run"]
+    root = Path(__file__).parents[2]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
+    with (folder / "said").open("a") as said:
+        return subprocess.Popen(
+            [*command, *further],
+            cwd=folder,
+            env=os.environ | environment,
+            stdout=said,
+            stderr=said,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def ranks_of(agent: int) -> dict[int, int]:
+    """Process ids of what torchrun started, by rank."""
+    found = {}
+    try:
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        for child in children:
+            words = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks = [int(word[5:]) for word in words if word.startswith(b"RANK=")]
+            found |= dict.fromkeys(ranks, int(child))
+    except (OSError, ValueError):  # one that has just ended
+        return {}
+    return found
+
+
+def _steps_logged(folder: Path) -> int:
+    path = folder / "run" / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def _end_all(agent: subprocess.Popen[str]) -> None:
+    for child in ranks_of(agent.pid).values():
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    if agent.poll() is None:
+        os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()
+
+
+def _strike(
+    agent: subprocess.Popen[str], folder: Path, kind: str, rank: int, after: int, jitter: float
+) -> bool:
+    """Send the signal once that many steps are logged; False if the run was over before."""
+    while agent.poll() is None:
+        ranks = ranks_of(agent.pid)
+        if len(ranks) == 2 and _steps_logged(folder) >= after:
+            time.sleep(jitter)
+            with suppress(ProcessLookupError):
+                os.kill(ranks[rank], getattr(signal, kind))
+                return True
+        time.sleep(0.02)
+    return False
+
+
+def _until_named(agent: subprocess.Popen[str], folder: Path, rank: int) -> float | None:
+    """Seconds until the rank that is lost is named; None if torchrun ended, or two minutes went by, without that."""
+    begun = time.monotonic()
+    words = (f"rank {rank} died", f"rank {rank} hangs", f"rank      : {rank} (", f"local_rank: {rank} (")
+    while time.monotonic() - begun < 120:
+        has_ended = agent.poll() is not None
+        text = (folder / "said").read_text(errors="replace")
+        if any(word in text for word in words):
+            return time.monotonic() - begun
+        if has_ended:
+            return None
+        time.sleep(0.1)
+    return None
+
+
+class Loss(NamedTuple):
+    """What came of one rank that was killed or stopped."""
+
+    struck: bool
+    seconds: float | None
+    wrong: list[str]
+
+
+def lose_one(folder: Path, kind: str, rank: int, restarts: int, draw: random.Random) -> Loss:
+    """Kill or stop a rank at a random step, have the run end or go on by itself, and bring it to its end."""
+    photos(folder / "photos")
+    label = f"{kind} to rank {rank}, {restarts} restarts"
+    agent = torchrun(folder, restarts=restarts)
+    try:
+        struck = _strike(agent, folder, kind, rank, draw.randint(0, STEPS * 2 // 3), draw.uniform(0, 0.3))
+        seconds = _until_named(agent, folder, rank) if struck else 0.0
+        code = agent.wait(180)
+    except subprocess.TimeoutExpired:
+        return Loss(True, None, [f"{label}: still running after 180 s"])
+    finally:
+        _end_all(agent)
+    wrong = []
+    if struck and seconds is None:
+        wrong.append(f"{label}: the rank is not named: {last_words(folder / 'said')}")
+    if seconds is not None and seconds > NAMED_WITHIN:
+        wrong.append(f"{label}: named after {seconds:.0f} s")
+    if restarts and code != 0:
+        wrong.append(f"{label}: torchrun ended with {code}: {last_words(folder / 'said')}")
+    if struck and not restarts and code == 0:
+        wrong.append(f"{label}: torchrun ended well though a rank was lost")
+    if code != 0:
+        wrong += _continued(folder, label)
+    return Loss(struck, seconds, wrong)
+
+
+def _continued(folder: Path, label: str) -> list[str]:
+    again = torchrun(folder, "--resume")
+    try:
+        code = again.wait(120)
+    except subprocess.TimeoutExpired:
+        return [f"{label}: --resume still runs after 120 s"]
+    finally:
+        _end_all(again)
+    return [f"{label}: --resume ended with {code}: {last_words(folder / 'said')}"] if code else []
+
+
+def lose_processes(folder: Path, *, amount: int, seed: int) -> dict[str, Any]:
+    """Kill or stop one of two ranks under torchrun `amount` times: it is named within a minute, and what the run leaves
+    in the end, after torchrun's own restart or --resume, equals what an undisturbed one leaves, to the bit."""
+    draw = random.Random(seed)
+    straight = folder / "straight"
+    photos(straight / "photos")
+    whole = torchrun(straight)
+    try:
+        if code := whole.wait(180):
+            return {
+                "tried": 0,
+                "failures": [f"undisturbed: exit code {code}: {last_words(straight / 'said')}"],
+            }
+    finally:
+        _end_all(whole)
+    wanted = left_by_training(straight / "run")
+    failures: list[str] = []
+    seconds: dict[str, list[float]] = {"SIGKILL": [], "SIGSTOP": []}
+    same = 0
+    for number in range(amount):
+        kind, rank, restarts = FAULTS[number % len(FAULTS)]
+        place = folder / str(number)
+        loss = lose_one(place, kind, rank, restarts, draw)
+        failures += loss.wrong
+        if loss.struck and loss.seconds is not None:
+            seconds[kind].append(loss.seconds)
+        if not loss.wrong:
+            found = left_by_training(place / "run")
+            differing = sorted(
+                name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+            )
+            same += not differing
+            failures += [f"{kind} to rank {rank}: not the same bits: {', '.join(differing)}"] * bool(
+                differing
+            )
+            shutil.rmtree(place)
+    return {
+        "tried": sum(len(values) for values in seconds.values()),
+        "failures": failures,
+        "bit_exact": same,
+        "longest_until_named_seconds": {
+            kind: round(max(values), 1) for kind, values in seconds.items() if values
+        },
+    }
