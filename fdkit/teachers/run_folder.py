@@ -1,5 +1,7 @@
 """The student of a run folder, finished or as it was at one of its checkpoints, as a teacher."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import RECIPE_FILE, WEIGHTS_FILE, build_backbone, check_state, read_recipe
 from fdkit.teachers.checkpoint_file import load_reading
 from fdkit.teachers.files import read_file, sha256_of
-from fdkit.teachers.licensing import terms_of_run
+from fdkit.teachers.licensing import RUN_FILE, terms_of_run
 from fdkit.teachers.official import Change, Network, Reading
 from fdkit.teachers.official import positions as resample
 from fdkit.teachers.official._plain_vit import fixed_positions
@@ -24,6 +26,9 @@ from fdkit.teachers.run_checkpoint import (
 )
 from fdkit.teachers.weights import State, check_finite
 
+EXPORTED = "exported"
+"""What run.json calls the SHA-256 of the files that a run hands on, by name."""
+
 
 def load_run(folder: Path, request: Request) -> Loaded:
     """The network of student.json with the weights beside it, under the terms its own teachers hand on.
@@ -37,6 +42,7 @@ def load_run(folder: Path, request: Request) -> Loaded:
         raise WeightsError(
             f"{folder} holds no {WEIGHTS_FILE}: it is not the folder of a finished run", _other_models(folder)
         )
+    require_as_exported(folder, (WEIGHTS_FILE, RECIPE_FILE))
     backbone = _build(folder, read_file(weights), request, source=str(weights))
     return _under_terms(backbone, folder, folder, weights)
 
@@ -59,6 +65,27 @@ def load_checkpoint(path: Path, request: Request) -> Loaded:
     state = network_state(path, request.checkpoint_key)
     backbone = _build(run, state, request, source=str(path))
     return _under_terms(backbone, path, run, weights_file(path))
+
+
+def require_as_exported(folder: Path, names: Sequence[str]) -> None:
+    """Raises WeightsError for a file that is not what the run wrote, by the SHA-256 in its run.json, if it has one."""
+    try:
+        stated = json.loads((folder / RUN_FILE).read_bytes()).get(EXPORTED) or {}
+        wanted = {name: str(stated[name]) for name in names if name in stated}
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise WeightsError(
+            f"{folder / RUN_FILE}: cannot be read: {error}",
+            "put the run's own run.json back, or remove the file: then the weights are taken as they are",
+        ) from error
+    for name, sha256 in wanted.items():
+        if (folder / name).exists() and sha256_of(folder / name) != sha256:
+            raise WeightsError(
+                f"{folder / name}: damaged, or not what the run wrote: its SHA-256 is not the one in {RUN_FILE}",
+                f"write it again: the run's own command with --resume; if it was changed on purpose, "
+                f"remove {EXPORTED} from {RUN_FILE}",
+            )
 
 
 def _other_models(folder: Path) -> str:

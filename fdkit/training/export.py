@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from fdkit.methods._method import Method
-from fdkit.models.libraries import HEADS_FILE, save_backbone, save_tensors
+from fdkit.models.libraries import HEADS_FILE, RECIPE_FILE, WEIGHTS_FILE, save_backbone, save_tensors
 from fdkit.teachers.licensing import combined_terms, recorded_teachers, terms_of_identity
+from fdkit.teachers.run_checkpoint import sha256_now
+from fdkit.teachers.run_folder import EXPORTED
 from fdkit.training.checkpoint import write_whole
 from fdkit.training.run import Run
 
@@ -14,11 +16,15 @@ def export_student(method: Method, run: Run) -> None:
     """Write student.safetensors, student.json, MODEL_CARD.md and what else was learned into the run folder.
 
     The last, heads.safetensors, holds the method's tensors outside the exported network under the method's own names,
-    such as a decoder; there is none if nothing is left.
+    such as a decoder; there is none if nothing is left. run.json has the SHA-256 of each.
     """
     if run.writes:
+        if run.facts.get(EXPORTED):
+            run.update(**{EXPORTED: {}})  # what is written now is not that
         save_backbone(method.exported, run.folder)
         save_heads(method, run.folder / HEADS_FILE)
+        names = [name for name in (WEIGHTS_FILE, RECIPE_FILE, HEADS_FILE) if (run.folder / name).exists()]
+        run.update(**{EXPORTED: {name: sha256_now(run.folder / name) for name in names}})
         write_whole(run.folder / "MODEL_CARD.md", model_card(method, run))
 
 

@@ -9,6 +9,8 @@ from faults.kills import Job, digest, left_by_training
 from PIL import Image
 from segmentation_folders import scene, write_pair
 
+from fdkit.data.packed import UNFINISHED
+
 SHORT = [
     *("--train.batch-size", "64", "--train.epochs", "1", "--train.precision", "fp32"),
     *("--train.save-every-steps", "3", "--train.log-every-steps", "2", "--monitor.every-epochs", "0.5"),
@@ -114,10 +116,12 @@ def pack(*further: str) -> Job:
         return [["pack", str(images), "--output", str(folder / "out"), *sizes]]
 
     def result(folder: Path) -> dict[str, str]:
-        paths = [path for path in (folder / "out").rglob("*") if path.is_file()]
+        paths = [
+            path for path in (folder / "out").rglob("*") if path.is_file() and UNFINISHED not in path.parts
+        ]
         return {str(path.relative_to(folder)): digest(path.read_bytes()) for path in paths}
 
-    return Job(f"pack {' '.join(further)}".strip(), commands, (), result)
+    return Job(f"pack {' '.join(further)}".strip(), commands, (), result, over="already holds packed images")
 
 
 def cached_distillations() -> Job:
