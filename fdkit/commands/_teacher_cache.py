@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fdkit.config import Config
 from fdkit.data.cache import cache_folder
+from fdkit.data.json_file import read_object
 from fdkit.data.loader import LoaderConfig, steps_per_epoch, training_batches
 from fdkit.data.repeated_views import RepeatedViews
 from fdkit.data.sources import ImageSource
 from fdkit.data.views import CropConfig, Views
-from fdkit.errors import ConfigError, DataError, OutputError, ResourceError
+from fdkit.errors import ConfigError, DataError, OutputError, ResourceError, write_failure
 from fdkit.methods._teacher_cache import (
     CachedTarget,
     CachedTargets,
@@ -143,7 +144,7 @@ def _open(request: CacheRequest, teacher: Teacher, part: str) -> tuple[CachedTar
     wait_for_all(request.world)
     manifest = _read_manifest(folder)
     _refuse_others(folder, manifest, key, names)
-    form = Form(**manifest["form"] | {"grid": manifest["form"]["grid"] and tuple(manifest["form"]["grid"])})
+    form = form_of(folder, manifest)
     target = _target(request, folder, form, _read_components(folder, manifest))
     total = _check_size(request, target.cache, form)
     if request.world.is_main:
@@ -203,7 +204,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in folder.iterdir() if not path.name.startswith("lock")]
     except OSError as error:
-        raise OutputError(
+        raise write_failure(error) or OutputError(
             f"--teacher-cache {folder}: cannot be used: {error.strerror}", "name another folder"
         ) from error
     if others and not any(name.lstrip(".").startswith((MANIFEST, COMPONENTS)) for name in others):
@@ -284,7 +285,7 @@ def _target(request: CacheRequest, folder: Path, form: Form, reduction: Reductio
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest = read_object(path)
         if not all(isinstance(manifest[name], dict) for name in ("key", "names", "form", "stored")):
             raise ValueError("its parts are no mappings")
         return manifest
@@ -297,6 +298,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: is no manifest of a teacher cache ({error})", "name another folder, or remove this one"
         ) from error
+
+
+def form_of(folder: Path, manifest: dict[str, Any]) -> Form:
+    """The form of the stored vectors, by the manifest. Raises DataError if it states none."""
+    stated = manifest["form"]
+    sizes, grid = [stated.get("num_tokens"), stated.get("width")], stated.get("grid")
+    sizes += grid if isinstance(grid, list) and len(grid) == 2 else [] if grid is None else [None]
+    is_form = set(stated) == set(Form._fields) and isinstance(stated["has_class_token"], bool)
+    if not is_form or not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
+        raise DataError(
+            f"{folder / MANIFEST}: states no form of stored vectors: {stated!r:.200}",
+            "name another folder, or remove this one",
+        )
+    return Form(**stated | {"grid": grid and tuple(grid)})
 
 
 def _refuse_others(
@@ -323,6 +338,7 @@ def _refuse_others(
 
 
 def _read_components(folder: Path, manifest: dict[str, Any]) -> Reduction | None:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     if manifest["key"].get("pca") is None:
@@ -336,8 +352,13 @@ def _read_components(folder: Path, manifest: dict[str, Any]) -> Reduction | None
         ) from error
     if hashlib.sha256(content).hexdigest() != manifest.get("components_sha256"):
         raise DataError(f"{path}: is damaged: not what was written", "remove the folder, or name another")
-    tensors = load(content)
-    return Reduction(tensors["mean"], tensors["components"])
+    try:
+        tensors = load(content)
+        return Reduction(tensors["mean"], tensors["components"])
+    except (KeyError, SafetensorError) as error:
+        raise DataError(
+            f"{path}: holds no components: {error}", "remove the folder, or name another"
+        ) from error
 
 
 def _check_size(request: CacheRequest, cache: FeatureCache, form: Form) -> int:

@@ -1,6 +1,5 @@
 """An analysis along the checkpoints of runs."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from fdkit.analysis._analysis import Analysis
 from fdkit.analysis._trajectory import draw
 from fdkit.analysis.observe import Observed
 from fdkit.config import Config
+from fdkit.data.json_file import read_object
 from fdkit.errors import ConfigError, DataError, NumericsError, WeightsError
 from fdkit.models.libraries import WEIGHTS_FILE
 from fdkit.teachers.files import read_file
@@ -145,6 +145,7 @@ def _is_same(run: Path, last: Path) -> bool:
 def _last_step(run: Path) -> int:
     """The step at which a run's state stands, by its own account; 0 if it gives none."""
     try:
-        return int(json.loads((run / RUN_FILE).read_text(encoding="utf-8")).get("step") or 0)
-    except (OSError, ValueError, TypeError, AttributeError):
+        step = read_object(run / RUN_FILE).get("step")
+    except (OSError, ValueError):
         return 0
+    return step if type(step) is int else 0

@@ -23,6 +23,7 @@ from fdkit.commands._outcome import Outcome
 from fdkit.commands.distill import DistillConfig
 from fdkit.commands.finetune import PREDICTIONS, FinetuneConfig, FinetuneOptimizerConfig, FinetuneTrainConfig
 from fdkit.config import Config, read_yaml, validate
+from fdkit.data.json_file import read_object
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.supervised_views import SupervisedViewsConfig
 from fdkit.errors import ConfigError, OutputError
@@ -37,6 +38,7 @@ from fdkit.report.figures import comparison_intervals
 from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.distributed import current_world, local_device, process_group
+from fdkit.training.run_files import read_metrics
 
 log = logging.getLogger("fdkit")
 
@@ -160,25 +162,37 @@ def read_distillation(config: CompareConfig) -> Distillation:
     """What was distilled from what. Raises ConfigError if the folder is no distillation, or not a finished one."""
     folder = Path(config.run).expanduser()
     try:
-        facts = json.loads((folder / "run.json").read_text())
+        facts = read_object(folder / "run.json")
         values = read_yaml(folder / "config.yaml")
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{config.run}: no run folder of a distillation ({error})",
             "give what `fdkit distill --output` made",
         ) from error
-    teacher = config.teacher or facts.get("teacher", {}).get("source")
-    if teacher is None or "distillation" not in values:
+    recorded = facts.get("teacher")
+    teacher = config.teacher or (recorded.get("source") if isinstance(recorded, dict) else None)
+    if not isinstance(teacher, str) or "distillation" not in values:
         raise ConfigError(
             f"{config.run}: this run was not distilled from one teacher",
             "give the run folder of `fdkit distill`, or name one of its teachers with --teacher",
         )
     if not (folder / "student.safetensors").is_file():
         raise ConfigError(f"{config.run}: the distillation is not finished", "continue it with --resume")
-    derived = facts["derived"]
     kind = validate(DistillConfig, values, str(folder / "config.yaml"))
-    num_images = derived["num_steps"] * derived["batch_size"]
-    return Distillation(folder, kind, teacher, {} if config.teacher else kind.loading(), num_images)
+    loading = {} if config.teacher else kind.loading()
+    return Distillation(folder, kind, teacher, loading, _images_seen(folder, facts.get("derived")))
+
+
+def _images_seen(folder: Path, derived: Any) -> int:
+    """Images a run saw, by its run.json. Raises ConfigError if that does not tell."""
+    stated = derived if isinstance(derived, dict) else {}
+    num_steps, batch_size = stated.get("num_steps"), stated.get("batch_size")
+    if type(num_steps) is not int or type(batch_size) is not int or min(num_steps, batch_size) < 1:
+        raise ConfigError(
+            f"{folder / 'run.json'}: does not tell how many images the distillation saw",
+            "put the run's own run.json back",
+        )
+    return num_steps * batch_size
 
 
 def frozen_hits(config: CompareConfig, distillation: Distillation) -> Hits:
@@ -290,8 +304,7 @@ def _finetune(
     )
     log.info("%s: %s, learning rate %g, %g epochs", output, NAMES[candidate], lr, epochs)
     numbers = finetune.run(settings, handle_signals=False).numbers
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    watched = [row[WATCHED] for row in rows if WATCHED in row]
+    watched = [row[WATCHED] for row in read_metrics(output) if row.get(WATCHED) is not None]
     if not watched and config.validate_every_epochs:
         raise OutputError(f"{output}: no validation accuracy to choose by", "remove the folder and run again")
     chosen_by = watched[-1] if watched else None

@@ -1,6 +1,5 @@
 """`fdkit doctor TEACHER`: whether a teacher is to be trusted."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from fdkit.commands._command import Command, ModelOptions, write_result
 from fdkit.commands._outcome import Outcome
 from fdkit.config import Config, validate
+from fdkit.data.json_file import read_object
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.teachers.diagnosis import Check, audit_summary, diagnose, golden_feature
 from fdkit.teachers.loading import load_audited
@@ -69,7 +69,7 @@ def doctor(teacher: str | Path, **fields: Any) -> dict[str, Any]:
 
 def _stored(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} holds no stored features: {error}", "--record FILE writes one") from error
 

@@ -5,7 +5,6 @@ What is finished is never made twice: run again after a stop, the command goes o
 
 import errno
 import fcntl
-import json
 import logging
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from rich.console import Console
 from fdkit.commands._outcome import Outcome
 from fdkit.config import Config, validate
 from fdkit.data.decode import BadImage
+from fdkit.data.json_file import read_object
 from fdkit.data.loader import BadImages
 from fdkit.data.pack import VERSION, Job, Settings, finished, jobs, write_json, write_shard
 from fdkit.data.packed import MANIFEST, UNFINISHED
@@ -131,7 +131,7 @@ def _prepare(folder: Path, plan: dict[str, Any], *, overwrite: bool) -> None:
 
 def _require_same_plan(plan_file: Path, plan: dict[str, Any]) -> None:
     try:
-        begun = json.loads(plan_file.read_text())
+        begun = read_object(plan_file)
     except ValueError:
         begun = {}
     other = sorted(name for name in plan.keys() | begun.keys() if plan.get(name) != begun.get(name))
@@ -175,7 +175,7 @@ def _explained_failures(folder: Path) -> Iterator[None]:
             "run the same command again with fewer --workers; finished shards are kept",
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(
                 f"{folder}: the disk is full",
                 "free some space and run the same command again; finished shards are kept",

@@ -37,7 +37,7 @@ def read_arrays(kind: str, name: str, key: str) -> Arrays | None:
             return {field: file[field] for field in file.files if field != _KEY}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         log.warning("%s: cannot be read (%s): making it again", path, error)
         return None
 

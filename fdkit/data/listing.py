@@ -37,9 +37,11 @@ class PackedNames:
     @classmethod
     def of_arrays(cls, data: np.ndarray, ends: np.ndarray) -> "PackedNames":
         """The names in the two arrays of another. Raises KeyError if they are none."""
-        if data.dtype != np.uint8 or ends.dtype != np.int64 or (ends[-1] if len(ends) else 0) != len(data):
+        if data.dtype != np.uint8 or ends.dtype != np.int64 or data.ndim != 1 or ends.ndim != 1:
             raise KeyError("not packed names")
-        if (np.diff(ends, prepend=0) < 0).any():
+        if (ends[-1] if len(ends) else 0) != len(data):
+            raise KeyError("not packed names")
+        if (ends < 0).any() or (ends > len(data)).any() or (np.diff(ends, prepend=0) < 0).any():
             raise KeyError("not packed names")
         packed = cls.__new__(cls)
         packed.bytes, packed.ends = data, ends

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from fdkit.data.decode import EXTENSIONS, BadImage, decode
+from fdkit.data.json_file import read_object
 from fdkit.data.packed import UNFINISHED
 from fdkit.data.sources import ImageSource
 
@@ -73,12 +74,25 @@ def record_path(folder: Path, job: Job) -> Path:
 def finished(folder: Path, job: Job) -> dict[str, Any] | None:
     """The record of a shard that is there and has its checksum; None otherwise."""
     try:
-        record: dict[str, Any] = json.loads(record_path(folder, job).read_text())
+        record = read_object(record_path(folder, job))
         with (folder / job.file).open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+            same = hashlib.file_digest(file, "sha256").hexdigest() == record.get("sha256")
+    except (OSError, ValueError):
         return None
-    return record if same else None
+    return record if same and _is_record(record, job) else None
+
+
+def _is_record(record: dict[str, Any], job: Job) -> bool:
+    """Whether a record holds what `write_shard` writes."""
+    counts = [record.get(name) for name in ("images", "resized", "bytes")]
+    before, bad = record.get("source_bytes", ""), record.get("bad")
+    return (
+        record.get("file") == job.file
+        and all(type(count) is int and count >= 0 for count in counts)
+        and (before is None or (type(before) is int and before >= 0))
+        and isinstance(bad, list)
+        and all(isinstance(one, list) and [type(part) for part in one] == [str, str] for one in bad)
+    )
 
 
 def write_shard(source: ImageSource, job: Job, settings: Settings, folder: Path) -> dict[str, Any]:

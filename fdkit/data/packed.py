@@ -1,9 +1,9 @@
 """What a packed folder says of itself: its shards, their checksums, and the names of its classes."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fdkit.data.json_file import read_object
 from fdkit.data.text import printable
 from fdkit.errors import DataError
 
@@ -35,10 +35,10 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        read = json.loads(path.read_text())
+        read = read_object(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{printable(str(path))}: cannot be read: {error}", "pack the images again"
         ) from error
@@ -61,10 +61,9 @@ def _require_whole(folder: Path, shard: dict[str, Any]) -> None:
     path = folder / str(shard["file"])
     try:
         size = path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{printable(str(path))}: {error.strerror}", "copy the whole packed folder again"
-        ) from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is no OSError
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{printable(str(path))}: {reason}", "copy the whole packed folder again") from error
     if size != shard["bytes"]:
         raise DataError(
             f"{printable(str(path))}: {size} bytes, {shard['bytes']} when it was packed",

@@ -8,7 +8,6 @@ are known too. Masks are files of 8 bits a pixel, with or without a palette.
 import copy
 import csv
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from fdkit.config import Config
 from fdkit.data.decode import EXTENSIONS, FORMATS, MAX_PIXELS, BadImage, decode, read_pixels
+from fdkit.data.json_file import parse_json
 from fdkit.data.text import printable
 from fdkit.errors import DataError
 
@@ -348,7 +348,7 @@ def _read_classes(root: Path, table: np.ndarray) -> list[str]:
         return []
     try:
         names = _parse_classes(path)
-    except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, csv.Error) as error:
         raise DataError(
             f"{printable(str(path))}: cannot be read as names of classes: {error}",
             "classes.txt has a name a line; classes.json a list of names, or numbers to names",
@@ -370,10 +370,14 @@ def _parse_classes(path: Path) -> list[str]:
         return [row["Name"].strip() for row in csv.DictReader(text.splitlines(), delimiter="\t")]
     if path.suffix == ".txt":
         return [line.strip() for line in text.splitlines() if line.strip()]
-    names = json.loads(text)
+    names = parse_json(text)
     if isinstance(names, dict):
         numbered = {int(number): str(name) for number, name in names.items()}
+        if not all(0 <= number <= 255 for number in numbered):
+            raise ValueError("a number is none of a mask's, 0 to 255")
         return [numbered.get(number, str(number)) for number in range(max(numbered, default=-1) + 1)]
+    if not isinstance(names, list):
+        raise ValueError(f"it holds {type(names).__name__}")
     return [str(name) for name in names]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from fdkit.data.cache import read_arrays, write_arrays
 from fdkit.data.decode import EXTENSIONS
+from fdkit.data.json_file import parse_json
 from fdkit.data.listing import PackedNames
 from fdkit.data.text import printable
 from fdkit.errors import DataError
@@ -23,6 +24,7 @@ log = logging.getLogger("fdkit")
 
 BLOCK = 512
 MAX_LABEL_BYTES = 1 << 20
+MAX_LABEL = (1 << 31) - 1
 NO_LABEL = -1
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _VERSION = 1
@@ -94,10 +96,14 @@ def _unpacked(kept: dict[str, np.ndarray], size: int) -> TarIndex | None:
     except KeyError:
         return None
     offsets, sizes = numbers["offsets"], numbers["sizes"]
-    fits = {len(names)} == {len(array) for array in numbers.values()}
-    if not fits or (len(names) and (sizes.min() < 0 or offsets.min() < BLOCK)):
+    if any(array.dtype != np.int64 or array.shape != (len(names),) for array in numbers.values()):
         return None
-    if (offsets + sizes > size).any():
+    if (sizes < 0).any() or (offsets < BLOCK).any() or (offsets > size - sizes).any():
+        return None
+    if (numbers["folder_ids"] < 0).any() or (numbers["folder_ids"] >= len(folders)).any():
+        return None
+    labels = numbers["labels"]
+    if (labels < NO_LABEL).any() or (labels > MAX_LABEL).any():
         return None
     return TarIndex(names=names, folders=folders, **numbers)
 
@@ -200,8 +206,8 @@ class _Found:
     def _label(self, member: tarfile.TarInfo, data: bytes, kind: str) -> int | None:
         where = f"{self.shown}:{printable(member.name)}"
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
+            value = parse_json(data)
+        except ValueError:
             value = data[:40].decode(errors="replace").strip()
             if kind == "json":
                 raise DataError(
@@ -211,7 +217,7 @@ class _Found:
             value = value.get("label") if isinstance(value, dict) else None
             if value is None:
                 return None
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_LABEL:
             raise DataError(
                 f"{where}: label {printable(str(value)[:40])!r} is no class number",
                 "classes are numbered from 0; class names come from folders, or from `fdkit pack`",

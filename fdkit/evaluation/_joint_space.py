@@ -9,23 +9,23 @@ known mean and spread before its weight and bias. batch: the means and spreads o
 no run keeps, so the target cannot be recovered.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdkit.config import read_yaml
+from fdkit.data.json_file import read_object
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.evaluation._classifier import with_head
 from fdkit.evaluation._subject import Subject
 from fdkit.evaluation.features import Features
 from fdkit.models.backbone import Backbone
 from fdkit.models.libraries import HEADS_FILE
+from fdkit.teachers.files import read_file
 from fdkit.teachers.licensing import recorded_teachers
 from fdkit.teachers.loading import load_teacher
 
@@ -114,9 +114,14 @@ def joint_space(subject: Subject, config: Any) -> JointSpace:
 
 
 def run_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The configuration of a run folder, and what it says of its teachers."""
-    run_config, facts = read_yaml(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
-    return run_config, recorded_teachers(facts)
+    """The configuration of a run folder, and what it says of its teachers. Raises ConfigError if it does not."""
+    run_config = read_yaml(folder / "config.yaml")
+    try:
+        return run_config, recorded_teachers(read_object(folder / "run.json"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder / 'run.json'}: cannot be read: {error}", "put the run's own back"
+        ) from error
 
 
 def text_source(identity: dict[str, Any]) -> TextSource:
@@ -224,12 +229,16 @@ def _checked_target(
 
 def _projector(folder: Path) -> nn.Linear:
     """The linear map of heads.safetensors, in float64. Raises WeightsError if it is not there."""
-    state = safetensors.torch.load_file(folder / HEADS_FILE)
+    state = read_file(folder / HEADS_FILE)
     if not {"projector.weight", "projector.bias"} <= state.keys():
         raise WeightsError(f"{folder / HEADS_FILE} holds no projector to the teacher")
-    weight = state["projector.weight"]
+    weight, bias = state["projector.weight"], state["projector.bias"]
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or not weight.is_floating_point():
+        raise WeightsError(
+            f"{folder / HEADS_FILE}: its projector is no linear map", "copy the run folder again"
+        )
     projector = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
-    projector.load_state_dict({"weight": weight.double(), "bias": state["projector.bias"].double()})
+    projector.load_state_dict({"weight": weight.double(), "bias": bias.double()})
     return projector
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fdkit.data.json_file import read_object
 from fdkit.errors import ResourceError
 from fdkit.evaluation.features import Rows
 from fdkit.models.collectives import rank, world_size
@@ -68,15 +69,19 @@ class FeatureStore:
     def read(self) -> tuple[Tensor, Tensor] | None:
         """The values (M, D), mapped, and which images (M,) they are of; None if they are not all there, or damaged."""
         try:
-            record = json.loads((self.folder / "features.json").read_text())
-            values = self._values(record["num_rows"], "c")
-            indices = np.flatnonzero(np.fromfile(self.folder / "done.u8", np.uint8) == _MADE)
+            record = read_object(self.folder / "features.json")
+            num_rows, checksums = record["num_rows"], (record["crc32"], record.get("done_crc32"))
+            if type(num_rows) is not int or num_rows < 0:
+                raise ValueError(f"{num_rows!r} is no number of rows")
+            values = self._values(num_rows, "c")
+            done = np.fromfile(self.folder / "done.u8", np.uint8)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError) as error:
             log.warning("%s: cached features cannot be read (%s): making them again", self.folder, error)
             return None
-        if len(indices) != record["num_rows"] or _checksum(values) != record["crc32"]:
+        indices = np.flatnonzero(done == _MADE)
+        if len(indices) != num_rows or (_checksum(values), zlib.crc32(done.tobytes())) != checksums:
             log.warning("%s: cached features are damaged: making them again", self.folder)
             return None
         return torch.from_numpy(values), torch.from_numpy(indices)
@@ -139,7 +144,8 @@ class FeatureStore:
                     )
                 for path, wanted in paths.items():
                     with path.open("wb") as file:
-                        file.truncate(wanted)
+                        if wanted:  # all of it now: a mapped file that finds no room later ends the process
+                            os.posix_fallocate(file.fileno(), 0, wanted)
             (self.folder / "key.json").write_text(json.dumps(self.key, indent=1) + "\n")
         _wait()
 
@@ -172,7 +178,12 @@ class FeatureStore:
             if len(rows) < self.num_images:
                 self._compact(values, rows)
                 values = self._values(len(rows), "r+")
-            record = {"num_rows": len(rows), "width": self.width, "crc32": _checksum(values)}
+            record = {
+                "num_rows": len(rows),
+                "width": self.width,
+                "crc32": _checksum(values),
+                "done_crc32": zlib.crc32(done.tobytes()),
+            }
             temporary = self.folder / "features.json.new"
             temporary.write_text(json.dumps(record) + "\n")
             temporary.replace(self.folder / "features.json")

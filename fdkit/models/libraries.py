@@ -8,12 +8,14 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fdkit.data.json_file import read_object
 from fdkit.errors import ConfigError, WeightsError, did_you_mean
 from fdkit.models.backbone import Backbone, Preprocessing
 from fdkit.models.tokens import (
@@ -30,6 +32,7 @@ RECIPE_FILE = "student.json"
 HEADS_FILE = "heads.safetensors"
 
 
+MAX_DEPTH = 1000
 EXTRA_ARGS = ("layer_norm_eps", "stem", "final_norm", "rope_periods")
 
 
@@ -63,16 +66,18 @@ def build_timm(
     image_size = _image_size(name, args, cfg)
     if not cfg.get("fixed_input_size"):
         args.pop("img_size", None)
+    _refuse_endless(name, args)
     try:
         network = timm.create_model(name, pretrained=False, **_as_objects(args))
-    except (TypeError, ValueError, AssertionError) as error:
+        if args.get("final_norm") is False:
+            _remove_final_norm(network)
+        if "rope_periods" in args:
+            state_periods(network, args["rope_periods"])
+    except _REFUSALS as error:
         raise ConfigError(
-            f"timm model {name} refuses {args}: {error}", "change the model arguments, or leave them out"
+            f"timm model {name} refuses {_shown(args)}: {error or type(error).__name__}",
+            "change the model arguments, or leave them out",
         ) from error
-    if args.get("final_norm") is False:
-        _remove_final_norm(network)
-    if "rope_periods" in args:
-        state_periods(network, args["rope_periods"])
     accelerate(network)
     args["num_classes"] = network.num_classes
     return Backbone(
@@ -87,12 +92,37 @@ def build_timm(
     )
 
 
+_REFUSALS = (
+    TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError, MemoryError,
+)  # fmt: skip
+"""What the libraries' constructors raise for arguments that cannot be; which depends on the model and the argument."""
+
+
+def _refuse_endless(name: str, args: dict[str, Any]) -> None:
+    """Raises ConfigError for more blocks than any network has, which would be built one by one for hours."""
+    for key in ("depth", "depths", "layers"):
+        given = args.get(key, ())
+        counts = given if isinstance(given, list | tuple) else [given]
+        if any(isinstance(count, int | float) and count > MAX_DEPTH for count in counts):
+            raise ConfigError(
+                f"timm model {name}: {key} {_shown(given)} is too deep",
+                f"at most {MAX_DEPTH} blocks are built",
+            )
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
 def _as_objects(args: dict[str, Any]) -> dict[str, Any]:
     """The arguments timm takes for those that are plain data here."""
     from fdkit.models.stems import ConvStem
 
     made = {key: value for key, value in args.items() if key not in EXTRA_ARGS}
     if "layer_norm_eps" in args:
+        if not isinstance(args["layer_norm_eps"], int | float) or not 0 < args["layer_norm_eps"] < 1:
+            raise ValueError("layer_norm_eps is a number between 0 and 1")
         made["norm_layer"] = partial(nn.LayerNorm, eps=args["layer_norm_eps"])
     if args.get("stem") == "conv":
         made["embed_layer"] = ConvStem
@@ -144,7 +174,13 @@ def build_open_clip(
             f"open_clip model {arch} pools by attention before its final norm, so it has no token map"
         )
     vision["image_size"] = args["image_size"]
-    network = _build_vision_tower(config["embed_dim"], vision, args["quick_gelu"])
+    try:
+        network = _build_vision_tower(config["embed_dim"], vision, args["quick_gelu"])
+    except _REFUSALS as error:
+        raise ConfigError(
+            f"open_clip model {arch} refuses {_shown(args)}: {error or type(error).__name__}",
+            "change the model arguments, or leave them out",
+        ) from error
     accelerate(network)
     return _open_clip_backbone(
         network,
@@ -154,7 +190,7 @@ def build_open_clip(
 
 
 def build_backbone(recipe: dict[str, Any]) -> Backbone:
-    """The backbone a recipe describes, with random weights; `recipe` is what `Backbone.recipe` holds.
+    """The backbone a recipe describes, with random weights; `recipe` is what `Backbone.recipe` holds, checked.
 
     recipe: {"library": "timm" | "open_clip", "architecture": str, "model_args": {...}, "preprocessing": {...}}.
     """
@@ -309,15 +345,46 @@ def _preprocessing_from_json(values: dict[str, Any]) -> Preprocessing:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe in a file; WeightsError if it is missing, is not JSON, or lacks a part."""
+    """The recipe in a file; WeightsError if it is missing, is not JSON, lacks a part, or has one that cannot be."""
     try:
-        recipe = json.loads(path.read_text())
+        recipe = read_object(path)
+        needed = (name for name, field in _Recipe.model_fields.items() if field.is_required())
+        if missing := [name for name in needed if name not in recipe]:
+            raise WeightsError(f"{path} lacks {', '.join(missing)}", "copy the run folder again")
+        _Recipe.model_validate(recipe)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        given = _shown(repr(first["input"]))
+        what = "is missing" if first["type"] == "missing" else f"{given}: {first['msg'].lower()}"
+        raise WeightsError(
+            f"{path} is no recipe of a model: {place} {what}", "copy the run folder again"
+        ) from None
     except (OSError, ValueError) as error:
         raise WeightsError(f"cannot read the model recipe {path}: {error}") from error
-    needed = ("library", "architecture", "model_args", "preprocessing")
-    if missing := [key for key in needed if key not in recipe]:
-        raise WeightsError(f"{path} lacks {', '.join(missing)}")
-    return dict(recipe)
+    return recipe
+
+
+class _Stated(BaseModel):
+    """The preprocessing in a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    mean: list[float] = Field(min_length=3, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
+    image_size: int = Field(ge=1, le=65536)
+    crop_ratio: float = Field(gt=0, le=10)
+    interpolation: Literal["bilinear", "bicubic"]
+
+
+class _Recipe(BaseModel):
+    """What a recipe must hold; what else it holds is of no matter here."""
+
+    model_config = ConfigDict(strict=True)
+    library: Literal["timm", "open_clip"]
+    architecture: str
+    model_args: dict[str, Any]
+    preprocessing: _Stated
+    classes: list[str] | None = None
 
 
 def _write_whole(path: Path, content: bytes) -> None:

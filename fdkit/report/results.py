@@ -1,6 +1,5 @@
 """What was measured: the results that lie in run folders and folders of results, read for a page."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fdkit.analysis.layer_knn import wilson_interval
+from fdkit.data.json_file import parse_json
 from fdkit.evaluation._metrics import hits_from_text
 from fdkit.evaluation._statistics import paired_difference
 
@@ -70,7 +70,11 @@ class Results(NamedTuple):
     def models(self) -> list[str]:
         """What the models are called, in the order of the analysis that has most of them."""
         tables = [numbers.get("models") for numbers in self.analyses.values()]
-        named = [[str(one.get("name")) for one in table] for table in tables if isinstance(table, list)]
+        named = [
+            [str(one.get("name")) for one in table if isinstance(one, dict)]
+            for table in tables
+            if isinstance(table, list)
+        ]
         longest = max(named, key=len, default=[])
         return list(dict.fromkeys([*longest, *(one.model for one in self.evaluations)]))
 
@@ -100,7 +104,7 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
         if path.stat().st_size > MAX_RESULT_BYTES:
             problems.append(f"{path}: {path.stat().st_size:,} bytes, too large for a result")
             return None
-        numbers = json.loads(path.read_text(encoding="utf-8"))
+        numbers = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         problems.append(f"{path}: cannot be read: {error}")
         return None
@@ -118,7 +122,7 @@ def _sort_in(numbers: dict[str, Any], name: str, path: Path, found: Results) -> 
             found.evaluations.append(_evaluation(numbers, name, path))
         elif "miou" in numbers or "evaluator" in numbers:
             found.others.append((name or _model_of(numbers, path), numbers))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         found.problems.append(f"{path}: is not the result it seems to be: {type(error).__name__}: {error}")
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fdkit.data.json_file import read_object
 from fdkit.report.figures import DISTILLATION_CURVES, training_curves
 from fdkit.report.page import Column, Details, Drawing, Section, Table
 from fdkit.report.training_curves import training_figure
@@ -49,8 +50,10 @@ class RunFolder(NamedTuple):
     @property
     def command(self) -> str:
         """What was typed; "" where it is not known."""
-        words = self.facts.get("command") or []
-        return shlex.join(["fdkit", *(str(word) for word in words[1:])]) if words else ""
+        words = self.facts.get("command")
+        if not isinstance(words, list) or not words:
+            return ""
+        return shlex.join(["fdkit", *(str(word) for word in words[1:])])
 
 
 def read_run(name: str, path: Path) -> RunFolder:
@@ -61,7 +64,7 @@ def read_run(name: str, path: Path) -> RunFolder:
         config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
     if (path / "metrics.jsonl").is_file():
         rows = read_metrics(path)
-        if not any("loss" in row for row in rows):
+        if not _with_loss(rows):
             missing.append(f"{path / 'metrics.jsonl'}: holds no step with a loss")
     return RunFolder(name, path, facts, config, rows, missing)
 
@@ -70,11 +73,10 @@ def _facts(path: Path, missing: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         missing.append(f"{path}: cannot be read: {error}")
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def run_sections(runs: Sequence[RunFolder]) -> list[Section]:
@@ -83,7 +85,7 @@ def run_sections(runs: Sequence[RunFolder]) -> list[Section]:
     for run in runs:
         heading = "What was run" if len(runs) == 1 else f"What was run: {run.name}"
         sections.append(_identity(run, heading))
-        if any("loss" in row for row in run.rows):
+        if _with_loss(run.rows):
             sections.append(_training(run, "Training" if len(runs) == 1 else f"Training: {run.name}"))
     return sections
 
@@ -125,6 +127,11 @@ def facts_of(run: RunFolder) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
+def _with_loss(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of steps whose loss was a number."""
+    return [row for row in rows if row.get("loss") is not None]
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -144,10 +151,10 @@ def _licence(teacher: Mapping[str, Any]) -> str:
 
 
 def _steps(facts: Mapping[str, Any], derived: Mapping[str, Any]) -> str:
-    if not derived.get("num_steps"):
+    done, asked = facts.get("step"), derived.get("num_steps")
+    if not isinstance(asked, int):
         return ""
-    done = facts.get("step")
-    return f"{done:,} of {derived['num_steps']:,}" if isinstance(done, int) else f"{derived['num_steps']:,}"
+    return f"{done:,} of {asked:,}" if isinstance(done, int) else f"{asked:,}"
 
 
 def _time(run: RunFolder) -> str:
@@ -163,7 +170,8 @@ def _time(run: RunFolder) -> str:
 
 
 def _hardware(facts: Mapping[str, Any], hardware: Mapping[str, Any]) -> str:
-    gpus = hardware.get("cuda") or []
+    gpus = hardware.get("cuda")
+    gpus = gpus if isinstance(gpus, list) else []
     parts = [
         ", ".join(map(str, gpus)),
         str(hardware.get("cpu", "")),
@@ -175,7 +183,7 @@ def _hardware(facts: Mapping[str, Any], hardware: Mapping[str, Any]) -> str:
 
 def _training(run: RunFolder, heading: str) -> Section:
     """Curves over epochs where the run tells of them, else over steps; and a table of the metrics."""
-    training = [row for row in run.rows if "loss" in row]
+    training = _with_loss(run.rows)
     last = training[-1]
     words = [
         f"The last of {len(training):,} logged steps is step {last['step']:,}, with a loss of {last['loss']:.4g}."

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fdkit.errors import ConfigError
 from fdkit.models.backbone import Tokens, pool
 from fdkit.teachers.request import Loaded
 from fdkit.teachers.teacher import Teacher
@@ -197,16 +198,20 @@ def _spread(rows: Tensor) -> float:
 
 def _check_golden(loaded: Loaded, teacher: Teacher, golden: Mapping[str, Any], device: torch.device) -> Check:
     stored = golden.get(loaded.sha256 or "")
-    if stored is None or stored["image_size"] != teacher.image_size:
+    if stored is not None and not isinstance(stored, dict):
+        raise _no_features(loaded, f"they are {type(stored).__name__}, no object")
+    if stored is None or stored.get("image_size") != teacher.image_size:
         detail = "no stored feature for these weights" + (" at this image size" if stored else "")
         return Check(
             "golden feature", "note", detail, "--record FILE stores one, --golden FILE compares with it"
         )
     found = golden_feature(teacher, device)
-    worst = max(
-        float((_tensor(found[key]) - _tensor(stored[key])).norm() / _tensor(stored[key]).norm())
-        for key in ("class", "patches")
-    )
+    try:
+        before = {key: torch.tensor(stored[key], dtype=torch.float64) for key in ("class", "patches")}
+        now = {key: torch.tensor(found[key], dtype=torch.float64) for key in before}
+        worst = max(float((now[key] - before[key]).norm() / before[key].norm()) for key in before)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise _no_features(loaded, f"{type(error).__name__}: {error}") from error
     if worst < GOLDEN_TOLERANCE:
         return Check("golden feature", "ok", f"relative difference {worst:.1g}")
     return Check(
@@ -217,8 +222,11 @@ def _check_golden(loaded: Loaded, teacher: Teacher, golden: Mapping[str, Any], d
     )
 
 
-def _tensor(rows: list[list[float]]) -> Tensor:
-    return torch.tensor(rows)
+def _no_features(loaded: Loaded, problem: str) -> ConfigError:
+    return ConfigError(
+        f"the features stored for the weights {(loaded.sha256 or '')[:12]} cannot be compared with: {problem}",
+        "store them again with --record FILE",
+    )
 
 
 def _check_license(loaded: Loaded) -> Check:

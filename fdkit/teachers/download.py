@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from fdkit.data.json_file import read_object
 from fdkit.errors import ResourceError, WeightsError
 from fdkit.teachers.files import verify
 
@@ -241,10 +242,14 @@ def _note_of(part: Path) -> Path:
 def _read_note(part: Path, url: str) -> _Part:
     """What the part is of; nothing, if that is another address or not known."""
     try:
-        note = _Part(**json.loads(_note_of(part).read_text()))
-    except (OSError, ValueError, TypeError):
+        note = read_object(_note_of(part))
+    except (OSError, ValueError):
         return _Part(url, "", None)
-    return note if note.url == url else _Part(url, "", None)
+    validator, total = note.get("validator"), note.get("total")
+    is_note = isinstance(validator, str) and validator.isascii() and validator.isprintable()
+    if note.get("url") != url or not is_note or not (total is None or (type(total) is int and total >= 0)):
+        return _Part(url, "", None)
+    return _Part(url, str(validator), total)
 
 
 def _size(path: Path) -> int:

@@ -4,13 +4,14 @@ Three kinds are told apart by these: timm's (config.json with `architecture`), o
 transformers' (config.json with `model_type`); a repository may be two at once, and is the first of them.
 """
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from fdkit.data.json_file import read_object
 from fdkit.errors import WeightsError, did_you_mean
 from fdkit.teachers.files import read_file
 from fdkit.teachers.official import Reading
@@ -29,7 +30,7 @@ WEIGHTS: dict[Library, tuple[str, ...]] = {
 }
 """Names of the file of weights, the preferred one first."""
 
-_FILTERS = {2: "bilinear", 3: "bicubic"}
+_FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of the filters that resize."""
 _FREE_KEYS = ("image_size", "timm_model_pretrained", "patch_dropout", "output_tokens")
 """What two descriptions of one open_clip tower may differ in: given apart, or of training alone."""
@@ -102,7 +103,15 @@ def read_transformers(model: FolderModel) -> Reading:
 
     Raises WeightsError as `read_file` does, and for tensors that are not those of the config.
     """
-    reading = read_configured(read_file(model.weights), model.config, source=str(model.weights))
+    content = read_file(model.weights)
+    try:
+        reading = read_configured(content, model.config, source=str(model.weights))
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        raise WeightsError(
+            f"{model.weights.parent / CONFIG}: does not describe the tensors of {model.weights.name}: "
+            f"{type(error).__name__}: {error}",
+            "get the folder again",
+        ) from error
     network = reading.network
     return reading._replace(
         network=network._replace(
@@ -117,22 +126,23 @@ def _read_timm(folder: Path, weights: Path) -> FolderModel:
     """Source: timm, models/_hub.py and _builder.py; older files keep the preprocessing beside the architecture."""
     import timm
 
-    config = _read_json(folder / CONFIG)
+    path = folder / CONFIG
+    config = _read_json(path)
     architecture = str(config["architecture"])
-    stated = config.get("pretrained_cfg", config)
+    stated = _fields(config, "pretrained_cfg", path) or config
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
         raise WeightsError(f"{folder / CONFIG}: timm has no model {architecture}", hint=hint)
-    args = dict(config.get("model_args", {}))
+    args = dict(_fields(config, "model_args", path))
     if stated.get("fixed_input_size"):
-        args.setdefault("img_size", int(stated["input_size"][-1]))
+        args.setdefault("img_size", _side(stated.get("input_size"), path))
     return FolderModel(
         "timm",
         architecture,
         args,
         weights,
-        _three(stated.get("mean"), folder / CONFIG),
-        _three(stated.get("std"), folder / CONFIG),
+        _three(stated.get("mean"), path),
+        _three(stated.get("std"), path, above=0),
         _filter(stated.get("interpolation")),
         str(stated.get("license") or "unstated"),
     )
@@ -142,8 +152,8 @@ def _read_open_clip(folder: Path, weights: Path) -> FolderModel:
     """Source: mlfoundations/open_clip, factory.py and push_to_hf_hub.py."""
     path = folder / OPEN_CLIP_CONFIG
     config = _read_json(path)
-    model, stated = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
-    vision = model.get("vision_cfg", {})
+    model, stated = _fields(config, "model_cfg", path), _fields(config, "preprocess_cfg", path)
+    vision = _fields(model, "vision_cfg", path)
     args = {"quick_gelu": bool(model.get("quick_gelu", False))}
     size = vision.get("image_size", 224)
     if not isinstance(size, int):
@@ -154,7 +164,7 @@ def _read_open_clip(folder: Path, weights: Path) -> FolderModel:
         {**args, "image_size": size},
         weights,
         _three(stated.get("mean"), path),
-        _three(stated.get("std"), path),
+        _three(stated.get("std"), path, above=0),
         _filter(stated.get("interpolation")),
     )
 
@@ -192,8 +202,8 @@ def _read_transformers(folder: Path, weights: Path) -> FolderModel:
         {},
         weights,
         _three(stated.get("image_mean"), path),
-        _three(stated.get("image_std"), path),
-        _filter(_FILTERS.get(stated.get("resample", 0))),
+        _three(stated.get("image_std"), path, above=0),
+        _FILTERS.get(stated.get("resample", 0)) if isinstance(stated.get("resample"), int) else None,
         config=config,
     )
 
@@ -225,21 +235,38 @@ def _license(card: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not the fields of a model")
-    return content
+        raise WeightsError(f"cannot read {path}: {error}", "get the folder again") from error
 
 
-def _three(values: Any, path: Path) -> Statistics | None:
-    """Three numbers for red, green and blue; None where there are none."""
+def _fields(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """The fields under a name of a config, none if it has none. Raises WeightsError for anything else there."""
+    fields = config.get(name, {})
+    if not isinstance(fields, dict):
+        raise WeightsError(f"{path}: {name} is {fields!r:.80}, not fields of a model", "get the folder again")
+    return fields
+
+
+def _side(stated: Any, path: Path) -> int:
+    """The last of (channels, height, width), as a config states them."""
+    if not isinstance(stated, list) or not stated or type(stated[-1]) is not int:
+        raise WeightsError(
+            f"{path}: input_size is {stated!r:.80}, not [3, height, width]", "get the folder again"
+        )
+    return stated[-1]
+
+
+def _three(values: Any, path: Path, *, above: float = -math.inf) -> Statistics | None:
+    """Three finite numbers for red, green and blue, all above a bound; None where there are none."""
     if values is None:
         return None
     is_list = isinstance(values, list) and len(values) == 3
-    if not is_list or not all(isinstance(value, int | float) for value in values):
-        raise WeightsError(f"{path}: mean and std are three numbers each, not {values}")
+    if not is_list or not all(isinstance(one, int | float) and above < one < 1e9 for one in values):
+        raise WeightsError(
+            f"{path}: mean and std are three numbers each, std above 0, not {values!r:.80}",
+            "get the folder again",
+        )
     return float(values[0]), float(values[1]), float(values[2])
 
 

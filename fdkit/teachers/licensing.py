@@ -1,10 +1,10 @@
 """Licences that travel: what binds the weights of a model also binds, or may bind, what is distilled from it."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fdkit.data.json_file import read_object
 from fdkit.errors import WeightsError
 
 UNSTATED = "unstated"
@@ -37,9 +37,8 @@ def terms_of_run(folder: Path) -> Terms:
     if not path.is_file():
         return Terms(UNSTATED, False)
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return combined_terms(terms_of_identity(teacher) for teacher in recorded_teachers(facts))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return combined_terms(terms_of_identity(teacher) for teacher in recorded_teachers(read_object(path)))
+    except (OSError, ValueError) as error:
         raise WeightsError(
             f"{path}: cannot read the teacher's licence: {error}",
             "put the run's own run.json back, or remove the file if you know under what terms the student stands",
@@ -47,9 +46,15 @@ def terms_of_run(folder: Path) -> Terms:
 
 
 def recorded_teachers(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The identities of a run's teachers in its run.json: under "teacher" for one, under "teachers" for several."""
+    """The identities of a run's teachers in its run.json: under "teacher" for one, under "teachers" for several.
+
+    Raises ValueError for what are no identities.
+    """
     one = facts.get("teacher")
-    return [one] if one else list(facts.get("teachers") or [])
+    found = [one] if one else facts.get("teachers") or []
+    if not isinstance(found, list) or not all(isinstance(teacher, dict) for teacher in found):
+        raise ValueError(f"teachers that are none: {str(found)[:80]}")
+    return found
 
 
 def terms_of_identity(teacher: dict[str, Any]) -> Terms:

@@ -6,11 +6,11 @@ the SHA-256 of every file.
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdkit.data.json_file import read_object
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.teachers.shards import group_files, read_group
 
@@ -66,7 +66,7 @@ def damage_of(path: Path, *, required: str | None = None, whole: bool = False) -
     such as the optimiser's state.
     """
     try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_object(path / MANIFEST_FILE)
         files: dict[str, dict[str, Any]] = manifest["files"]
         needed = (required,) if required else group_files(files, "model")
         if manifest["step"] != step_of(path) or not needed or not set(needed) <= files.keys():

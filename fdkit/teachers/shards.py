@@ -5,7 +5,6 @@ shards.json, which says which rows of each cut tensor each part holds; what is n
 is this project's own: torch's distributed checkpoints keep that in a pickle, which is code to whoever reads it.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from fdkit.data.json_file import read_object
 from fdkit.errors import WeightsError
 
 SHARDS_FILE = "shards.json"
@@ -45,21 +45,55 @@ def group_files(names: Iterable[str], group: str) -> list[str]:
 def read_group(path: Path, group: str, wanted: Mapping[str, Rows] | None = None) -> dict[str, Tensor]:
     """The tensors of a group in a sound checkpoint; of those that `wanted` names too these rows alone, else all.
 
-    Raises WeightsError for a tensor of another shape than wanted, and for a group that is not there.
+    Raises WeightsError for a tensor of another shape than wanted, for a group that is not there, and for files that
+    do not hold what they should, whatever their checksums say.
     """
-    wanted = wanted or {}
     files = group_files((file.name for file in path.iterdir()), group)
     if not files:
         raise WeightsError(f"the checkpoint {path} holds no {group}")
-    cuts: dict[str, list[int]] = {}
-    if files[-1] == SHARDS_FILE:
-        cuts = json.loads((path / SHARDS_FILE).read_text(encoding="utf-8"))[group]
-        files = files[:-1]
+    try:
+        cuts: dict[str, list[int]] = {}
+        if files[-1] == SHARDS_FILE:
+            files = files[:-1]
+            cuts = _cuts(path / SHARDS_FILE, group, len(files))
+        return _join(path, files, cuts, wanted or {})
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise WeightsError(
+            f"the checkpoint {path} is not what it should be: its {group} cannot be read: {error}",
+            "copy the run folder again, or take another checkpoint of it",
+        ) from error
+
+
+def _cuts(path: Path, group: str, num_parts: int) -> dict[str, list[int]]:
+    """By tensor, the rows where its parts begin and the last one ends. Raises ValueError for anything else."""
+    cuts = read_object(path).get(group)
+    if not isinstance(cuts, dict):
+        raise ValueError(f"{path.name} says nothing of it")
+    for key, edges in cuts.items():
+        is_list = isinstance(edges, list) and len(edges) == num_parts + 1
+        if (
+            not is_list
+            or any(type(edge) is not int for edge in edges)
+            or sorted(edges) != edges
+            or edges[0] != 0
+        ):
+            raise ValueError(f"{path.name} has no rows of {num_parts} parts for {key}")
+    return cuts
+
+
+def _join(
+    path: Path, files: list[str], cuts: Mapping[str, list[int]], wanted: Mapping[str, Rows]
+) -> dict[str, Tensor]:
+    """The tensors of some files; cuts: at which rows those cut among them begin."""
     tensors: dict[str, list[Tensor]] = {}
     for number, name in enumerate(files):
         with safetensors.safe_open(path / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118  # which is no dictionary
-                first = cuts[key][number] if key in cuts else 0
+                first = 0
+                if key in cuts:
+                    first, last = cuts[key][number : number + 2]
+                    if file.get_slice(key).get_shape()[:1] != [last - first]:
+                        raise ValueError(f"{name} holds other rows of {key} than {SHARDS_FILE} says")
                 piece = _rows(file.get_slice(key), first, wanted.get(key))
                 tensors.setdefault(key, []).append(file.get_tensor(key) if piece is None else piece)
     joined = {key: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for key, pieces in tensors.items()}

@@ -24,6 +24,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from fdkit.data.json_file import read_object
 from fdkit.errors import FdkitError, OutputError, ResourceError, WeightsError
 from fdkit.teachers.run_checkpoint import MANIFEST_FILE, damage_of, sha256_now, step_of
 from fdkit.teachers.shards import SHARDS_FILE, Rows, part_name, read_group
@@ -227,7 +228,13 @@ def load_checkpoint(path: Path, rows: Mapping[str, Mapping[str, Rows]] | None = 
             raise WeightsError(
                 f"{path}: {name} holds NaN", "remove this checkpoint to continue from an older one"
             )
-    return Checkpoint(tensors, json.loads((path / STATE_FILE).read_text()))
+    try:
+        return Checkpoint(tensors, read_object(path / STATE_FILE))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path / STATE_FILE}: cannot be read: {error}",
+            "remove this checkpoint to continue from an older one",
+        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -69,7 +69,10 @@ def set_aside(path: Path) -> Path:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl, none if it is not there; torn and damaged ones are left out."""
+    """The lines of a run folder's metrics.jsonl, none if it is not there; torn and damaged ones are left out.
+
+    What is no number in a line is None there, as what is not finite is written.
+    """
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     rows = [_row(line) for line in lines if line.endswith(b"\n")]
@@ -87,7 +90,14 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return {name: value if _is_number(value) else None for name, value in row.items()}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that arithmetic takes: finite, and no whole number beyond all others."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 class QuietLog(logging.FileHandler):
