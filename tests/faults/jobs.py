@@ -1,6 +1,10 @@
 """Every kind of command that writes, small enough to run in seconds on a CPU."""
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,23 +99,42 @@ def left_by_evaluation(folder: Path) -> dict[str, str]:
     return arrays | {"top1": str(numbers["top1"])}
 
 
-def pictures(folder: Path, count: int) -> Path:
-    """A folder of class folders with little pictures of random pixels; made once."""
-    done = folder / "done"
-    for number in range(0 if done.exists() else count):
+@cache
+def inputs() -> Path:
+    """A folder for the images that jobs read, away from what they write; it goes with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="fdkit-images-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def pictures(count: int) -> Path:
+    """A folder of class folders with little pictures of random pixels."""
+    for number in range(count):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        path = folder / "images" / "train" / "ab"[number % 2] / f"{number:03d}.png"
+        path = inputs() / "pictures" / "train" / "ab"[number % 2] / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    done.touch()
-    return folder / "images"
+    return inputs() / "pictures"
+
+
+@cache
+def scenes() -> Path:
+    """Coloured rectangles and masks of them."""
+    folder = inputs() / "scenes"
+    for split, count in {"train": 12, "test": 3}.items():
+        for number in range(count):
+            image, mask = scene(number, 24, 40)
+            stem = f"{split}/{number:03d}"
+            write_pair(folder / "images", folder / "masks", stem, image, Image.fromarray(mask))
+    return folder
 
 
 def pack(*further: str) -> Job:
     """Sixty pictures, made smaller, into shards of five."""
 
     def commands(folder: Path) -> list[list[str]]:
-        images = pictures(folder.parent / "pack", 60)
+        images = pictures(60)
         sizes = ("--short-side", "32", "--images-per-shard", "5", *further)
         return [["pack", str(images), "--output", str(folder / "out"), *sizes]]
 
@@ -148,17 +171,10 @@ def segment() -> Job:
     """A linear head on the embedded teacher, for the classes of coloured rectangles."""
 
     def commands(folder: Path) -> list[list[str]]:
-        scenes = folder.parent / "scenes"
-        if not scenes.exists():
-            for split, count in {"train": 12, "test": 3}.items():
-                for number in range(count):
-                    image, mask = scene(number, 24, 40)
-                    stem = f"{split}/{number:03d}"
-                    write_pair(scenes / "images", scenes / "masks", stem, image, Image.fromarray(mask))
         sizes = ("--train.epochs", "3", "--train.batch-size", "4", "--train.precision", "fp32")
         every = ("--train.save-every-steps", "3", "--train.log-every-steps", "2")
         where = ("--loader.workers", "0", "--device", "cpu", "--output", str(folder))
-        return [["segment", "demo", "--data", str(scenes), *sizes, *every, *where]]
+        return [["segment", "demo", "--data", str(scenes()), *sizes, *every, *where]]
 
     def result(folder: Path) -> dict[str, str]:
         numbers = json.loads((folder / "results" / "segmentation-test.json").read_text())
