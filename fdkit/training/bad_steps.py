@@ -1,9 +1,10 @@
 """Steps whose loss or gradient was not finite: left out, counted, and borne for a few in a row."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from fdkit.training.distributed import World, reduce_max
 
@@ -40,15 +41,15 @@ class BadSteps:
         self.total, self.in_a_row, self._last = state["total"], state["in_a_row"], state["last"]
 
 
-def first_damage(method: nn.Module, world: World, device: torch.device) -> str:
-    """Whether a step that was left out has left its mark: the name of a buffer that is not finite; "" if none is.
+def first_damage(tensors: Mapping[str, Tensor], world: World, device: torch.device) -> str:
+    """The name of a tensor that is not finite; "" if all are, on all processes.
 
-    Running statistics, queues and centres change in the forward pass, before anyone knows. All processes call this, and
-    learn of the damage on any of them. It waits for the device.
+    All processes call this, each with what it holds, and learn of the damage on any of them. It waits for the device.
     """
-    buffers = {name: value for name, value in method.named_buffers() if value.is_floating_point()}
-    names = [name for name, value in buffers.items() if value.numel() and not bool(value.isfinite().all())]
-    found = reduce_max(torch.tensor([float(bool(names))], device=device), world)
-    if not bool(found):
+    numbers = {name: one for name, one in tensors.items() if one.is_floating_point() and one.numel()}
+    sound = [one.isfinite().all().to(device) for one in numbers.values()]
+    damaged = ~torch.stack(sound) if sound else torch.zeros(1, dtype=torch.bool, device=device)
+    if not bool(reduce_max(damaged.any().float().reshape(1), world)):
         return ""
-    return names[0] if names else "a buffer of another process"
+    names = [name for name, is_damaged in zip(numbers, damaged.tolist(), strict=False) if is_damaged]
+    return names[0] if names else "something on another process"

@@ -10,6 +10,7 @@ import torch
 
 from fdkit.data.sources import ImageSource
 from fdkit.errors import ConfigError, NumericsError, ResourceError
+from fdkit.training.checkpoint import list_steps
 from fdkit.training.plan import Plan, TrainConfig
 from fdkit.training.run import Run
 
@@ -84,4 +85,15 @@ def not_finite(
         f"(lr {plan.schedule(step):.2g}, {plan.precision}); the update was not made",
         f"the batch is listed in {path}; a lower --optim.lr, a longer --optim.warmup-epochs or "
         "--train.precision fp32 may help; --resume continues from the last checkpoint",
+    )
+
+
+def not_saved(damaged: str, step: int, *, plan: Plan, run: Run) -> NumericsError:
+    """The error of a checkpoint that would hold NaN or infinity, in what is called `damaged`; it is not written."""
+    last = next(iter(list_steps(run.checkpoints)), None)
+    known = f"--resume continues from {last}; " if last else "there is no earlier checkpoint; "
+    return NumericsError(
+        f"{damaged} is no longer finite at step {step} of {plan.num_steps} (lr {plan.schedule(step - 1):.2g}, "
+        f"{plan.precision}); no checkpoint of it was written",
+        f"{known}a lower --optim.lr, a longer --optim.warmup-epochs or --train.precision fp32 may help",
     )

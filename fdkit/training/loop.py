@@ -25,7 +25,7 @@ from fdkit.models.vit import patch_projection
 from fdkit.teachers.run_checkpoint import step_of
 from fdkit.training.activations import spare_memory
 from fdkit.training.agreement import require_same_images
-from fdkit.training.bad_steps import MOST_REPORTS, BadSteps, first_damage
+from fdkit.training.bad_steps import MOST_REPORTS, BadSteps
 from fdkit.training.checkpoint import list_steps
 from fdkit.training.compiling import compilation_facts, forget_compilations, warn_of_compilation
 from fdkit.training.distributed import (
@@ -38,7 +38,7 @@ from fdkit.training.distributed import (
     wait_for_all,
 )
 from fdkit.training.export import export_student
-from fdkit.training.failures import explained_failures, not_finite
+from fdkit.training.failures import explained_failures, not_finite, not_saved
 from fdkit.training.generators import deterministic_kernels, seed_generators, undisturbed_generators
 from fdkit.training.gradients import clip_gradients, first_matrix
 from fdkit.training.health import Health
@@ -370,8 +370,13 @@ class Trainer:
         return self.world.is_main and elapsed >= 60 * self.config.save_every_minutes
 
     def save(self) -> None:
-        """Write a checkpoint, once every vote is read and found good; all processes go on together."""
+        """Write a checkpoint, once every vote is read and found good; all processes go on together.
+
+        Raises NumericsError instead where something in it would not be finite.
+        """
         self.hear(self.votes.read(lag=0), {})
+        if damaged := self.state.damage():
+            raise not_saved(damaged, self.step, plan=self.plan, run=self.run)
         mark(self.step, "saving" if self.world.is_main else "waiting for rank 0")
         start = time.perf_counter()
         windows = gather(self.window.numbers(), self.world)
@@ -408,7 +413,9 @@ class Trainer:
                 self.window.load(state["windows"][self.world.rank], self.device)
             if self.world.is_main:
                 log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, name)
-        begins_anew = found is None  # also a run that was killed before it saved anything, and had logged step 0
+        begins_anew = (
+            found is None
+        )  # also a run that was killed before it saved anything, and had logged step 0
         self.run.forget_metrics_after(-1 if begins_anew else self.step)
 
     @contextmanager
@@ -430,7 +437,7 @@ class Trainer:
                 continue
             self.bad_steps.add(verdict.step)
             error = self.not_finite(verdict, metrics)
-            damaged = first_damage(self.method, self.world, self.device)
+            damaged = self.state.damage()
             if damaged:
                 raise NumericsError(f"{error.message}, but {damaged} is no longer finite", error.hint)
             if self.bad_steps.are_too_many:

@@ -1,6 +1,7 @@
 """All that a run needs to go on: the method, its optimiser and the random generators, into a checkpoint and back."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from fdkit.errors import ConfigError, WeightsError
 from fdkit.methods._method import Method
 from fdkit.teachers.shards import Rows
+from fdkit.training.bad_steps import first_damage
 from fdkit.training.checkpoint import Checkpoint, load_checkpoint, newest_sound, save_checkpoint, save_parts
 from fdkit.training.distributed import World, broadcast, gather
 from fdkit.training.generators import get_generators, set_generators
@@ -42,7 +44,7 @@ class TrainingState:
     def save(self, run: Run, step: int, state: dict[str, Any], *, keep: int, keep_also: str) -> None:
         """Write the checkpoint of a step; every process calls this, and what rank 0 calls `state` is kept."""
         generators = gather(get_generators(self.device), self.world)
-        tensors = {"model": _here(self.method.state_dict()), "optimizer": optimizer_tensors(self.optimizer)}
+        tensors = self._tensors()
         if self.world.is_main:
             run.sync_metrics()
             tensors["generators"] = {
@@ -59,10 +61,31 @@ class TrainingState:
         elif self.world.is_main:
             save_checkpoint(run.checkpoints, step, content, keep=keep, keep_also=keep_also)
 
+    def damage(self) -> str:
+        """What of the method or its optimiser is not finite, by name; "" if all is. Every process calls this.
+
+        Losses show only what they are made of: a running mean, a second moment or an average of the weights may hold
+        infinity while all losses are finite.
+        """
+        groups = self._tensors()
+        names = {id(one): name for name, one in self.method.named_parameters()}
+        trained = [names.get(id(one), "") for one in trained_parameters(self.optimizer)]
+        tensors = dict(groups["model"])
+        for key, value in groups["optimizer"].items():
+            kind, index, what = key.split(".", 2)
+            of = trained[int(index)] if kind == "state" else "a group"
+            tensors[f"the optimiser's {what} of {of or f'parameter {index}'}"] = value
+        return first_damage(tensors, self.world, self.device)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What is saved but for the generators; shares memory with what trains."""
+        return {"model": _here(self.method.state_dict()), "optimizer": optimizer_tensors(self.optimizer)}
+
     def restore(self, run: Run, *, seed: int, data: str) -> tuple[dict[str, Any], str] | None:
         """Put back the run's newest sound checkpoint; its state and name, None if there is none.
 
-        Raises ConfigError for one of another seed or other images, WeightsError for one of another method.
+        Raises ConfigError for one of another seed or other images, WeightsError for one of another method and for one
+        that holds NaN or infinity.
         """
         newest = newest_sound(run.checkpoints) if self.world.is_main and run.resumed else None
         path = broadcast(newest, self.world)
@@ -74,6 +97,7 @@ class TrainingState:
                 f"{path}: written with another seed or other images than this run's",
                 "resume with those it was written with, or choose another --output",
             )
+        _refuse_not_finite(tensors, path)
         self._load_model(tensors["model"], origin=str(path))
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         num_processes = len(state["windows"])
@@ -127,6 +151,16 @@ class TrainingState:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(tensors[name])
+
+
+def _refuse_not_finite(tensors: dict[str, dict[str, Tensor]], path: Path) -> None:
+    for group in ("model", "optimizer"):
+        for name, value in tensors.get(group, {}).items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise WeightsError(
+                    f"{path}: {name} of {group}.safetensors holds NaN or infinity",
+                    "remove this checkpoint to continue from an older one",
+                )
 
 
 def _here(state: dict[str, Any]) -> dict[str, Tensor]:

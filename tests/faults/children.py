@@ -1,14 +1,12 @@
-"""Commands run in forked children that may be prepared first: faults put in there leave the parent as it was."""
+"""A command run in a forked child that may be prepared first: faults put in there leave the parent as it was."""
 
 import json
 import os
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from faults.kills import end_group, wait
+from faults.kills import end_group, preload, start, wait
 
 
 class End(NamedTuple):
@@ -32,41 +30,14 @@ def run(
 
     log: what it says, begun anew; prepare: called in the child before the command.
     """
+    preload()
     log.unlink(missing_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _work(arguments, log, prepare)
+    child = start([arguments], log, prepare=prepare)
     code = wait(child, seconds)
     end_group(child)
     if code is None:
         os.waitpid(child, 0)
     return End(code, log.read_text(errors="replace") if log.exists() else "")
-
-
-def _work(arguments: list[str], log: Path, prepare: Callable[[], object] | None) -> NoReturn:
-    """The command as a process of its own."""
-    code = 1
-    try:
-        os.setsid()
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        if prepare is not None:
-            prepare()
-        from fdkit.cli import main
-
-        main(arguments)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

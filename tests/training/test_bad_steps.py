@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from training_toys import (
+    CONFIG_YAML,
+    Pictures,
     ToyMethod,
     exit_codes,
     final_weights,
@@ -24,6 +26,9 @@ from fdkit.data.loader import training_batches
 from fdkit.errors import NumericsError
 from fdkit.training.bad_steps import BadSteps, first_damage
 from fdkit.training.distributed import World
+from fdkit.training.loop import train
+from fdkit.training.run import Run
+from fdkit.training.state import TrainingState
 from fdkit.training.votes import Window
 
 ALONE = World(0, 1, 0)
@@ -108,6 +113,37 @@ def test_what_a_bad_step_leaves_behind_is_found(tmp_path: Path) -> None:
         train_stumbling(tmp_path / "run", (7,), poisons=True)
 
 
+class Overflowing(ToyMethod):
+    """The toy that keeps an infinite average from some step on, which no loss shows."""
+
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        if progress >= 0.4:
+            self.slow[2, 3] = math.inf
+
+
+def test_what_no_loss_shows_is_not_saved(tmp_path: Path) -> None:
+    with (
+        pytest.raises(NumericsError, match="slow is no longer finite at step 12 of 24") as caught,
+        Run.create(tmp_path / "run", CONFIG_YAML, resume=False, command=["toy"]) as run,
+    ):
+        train(Overflowing(), Pictures(), run, **settings())
+    assert "step-00000008" in caught.value.hint
+    assert all(value.isfinite().all() for value in final_weights(tmp_path / "run").values())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["step"] == 8
+
+
+def test_the_optimisers_own_numbers_are_looked_at(tmp_path: Path) -> None:
+    method = ToyMethod()
+    optimizer = torch.optim.AdamW(method.parameters())
+    method(method.views.finish([torch.zeros(2, 3, 4, 4)], []), 0.0)["loss"].backward()
+    optimizer.step()
+    state = TrainingState(method, optimizer, None, ALONE, CPU)
+    assert state.damage() == ""
+    optimizer.state[method.student.network.out.bias]["exp_avg_sq"][1] = math.inf
+    assert state.damage() == "the optimiser's exp_avg_sq of student.network.out.bias"
+
+
 def test_counts_in_a_row_begin_anew_after_a_good_step() -> None:
     steps = BadSteps(2)
     for step, too_many in [(3, False), (4, False), (6, False), (7, False), (8, True)]:
@@ -123,9 +159,11 @@ def test_counts_in_a_row_begin_anew_after_a_good_step() -> None:
 
 def test_damage_is_named() -> None:
     norm = nn.BatchNorm1d(2)
-    assert first_damage(norm, ALONE, CPU) == ""
+    assert first_damage(norm.state_dict(), ALONE, CPU) == ""
     norm.running_var[1] = math.nan
-    assert first_damage(norm, ALONE, CPU) == "running_var"
+    assert first_damage(norm.state_dict(), ALONE, CPU) == "running_var"
+    assert first_damage({}, ALONE, CPU) == ""
+    assert first_damage({"steps": torch.tensor(3), "none": torch.zeros(0)}, ALONE, CPU) == ""
 
 
 def test_a_window_of_both_kinds() -> None:
