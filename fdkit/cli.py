@@ -105,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output left, as `head` does; nothing of ours failed
         _drop_output()
         code = 0
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):  # as rich leaves then, with code 1
+            raise
+        code = 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from faults.jobs import shortest
+from faults.jobs import finished, shortest
 from faults.kills import differences, finish, last_words, preload
 
 from fdkit.errors import FdkitError, WeightsError
@@ -139,8 +139,7 @@ def damage_checkpoints(folder: Path, *, amount: int, seed: int) -> dict[str, Any
     preload()
     draw, job, log = Draw(seed), shortest(), folder / "log"
     run = folder / "run"
-    if code := finish(job.commands(run), log):
-        return {"tried": 0, "failures": [f"undisturbed: exit code {code}: {last_words(log)}"]}
+    shutil.copytree(finished(), run)
     plain, parts = run / "checkpoints", folder / "parts"
     in_parts(plain, parts)
     counts: Counter[str] = Counter()
@@ -292,9 +291,8 @@ def damage_run_files(folder: Path, *, amount: int, seed: int) -> dict[str, Any]:
     """Damage the other files of a finished run `amount` times: resumed, it goes on or says why not; read as a model, it
     gives the very weights or says why not."""
     preload()
-    draw, job, log, run = Draw(seed), shortest(), folder / "log", folder / "run"
-    if code := finish(job.commands(run), log):
-        return {"tried": 0, "failures": [f"undisturbed: exit code {code}: {last_words(log)}"]}
+    draw, run = Draw(seed), folder / "run"
+    shutil.copytree(finished(), run)
     counts: Counter[str] = Counter()
     failures = []
     weights = _weights(run)

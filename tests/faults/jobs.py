@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults.kills import Job, digest, left_by_training
+from faults.kills import Job, digest, finish, last_words, left_by_training
 from PIL import Image
 from segmentation_folders import scene, write_pair
 
@@ -192,6 +192,15 @@ def shortest() -> Job:
     """A distillation of five steps with three checkpoints."""
     little = ("--train.batch-size", "256", "--train.save-every-steps", "2", "--monitor.every-epochs", "0")
     return training("distill", distill(*little, "--monitor.collapse-every-epochs", "0"))
+
+
+@cache
+def finished() -> Path:
+    """The folder of the shortest distillation, undisturbed; made once. Raises RuntimeError if it fails."""
+    folder, log = inputs() / "finished", inputs() / "finished.log"
+    if code := finish(shortest().commands(folder), log):
+        raise RuntimeError(f"undisturbed: exit code {code}: {last_words(log)}")
+    return folder
 
 
 def extraction(kind: str) -> Job:

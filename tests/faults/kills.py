@@ -249,13 +249,10 @@ def last_words(log: Path) -> str:
     return " | ".join(lines[-3:])[-400:]
 
 
-def try_to_lose(
-    job: Job, folder: Path, *, kills: int, seed: int, kinds: Sequence[str] = KINDS, deadly: Any = None
-) -> Tally:
+def try_to_lose(job: Job, folder: Path, *, kills: int, seed: int, kinds: Sequence[str] = KINDS) -> Tally:
     """Run a job once undisturbed, and once with kills, each followed by a new start.
 
-    Kills come at times drawn uniformly over what the job has left to do, as seen on the undisturbed run. deadly: what
-    is planted in the killed one, to see that a loss is found.
+    Kills come at times drawn uniformly over what the job has left to do, as seen on the undisturbed run.
     """
     draw = random.Random(seed)
     straight, broken, log = folder / "straight", folder / "broken", folder / "log"
@@ -269,7 +266,7 @@ def try_to_lose(
         if counted.total() >= kills:
             break
         kind = kinds[number % len(kinds)]
-        code, alive = _kill_once(commands, log, kind, broken, draw, length, deadly)
+        code, alive = _kill_once(commands, log, kind, broken, draw, length)
         if job.over and code == 5 and job.over in last_words(log):
             break
         counted[kind] += alive
@@ -278,7 +275,7 @@ def try_to_lose(
             unexpected.append(f"{kind}: exit code {code}: {last_words(log)}")
         log.unlink(missing_ok=True)
         commands = job.begun(broken)
-    code = finish(commands, log, prepare=deadly)
+    code = finish(commands, log)
     if code and not (job.over and job.over in last_words(log)):
         unexpected.append(f"the last start: exit code {code}: {last_words(log)}")
         return Tally(dict(counted), in_checkpoints, False, [], unexpected)
@@ -298,16 +295,15 @@ def _kill_once(
     folder: Path,
     draw: random.Random,
     length: float,
-    deadly: Any,
 ) -> tuple[int | None, bool]:
     """Start a job and kill it once; its exit code, and whether the kill met it alive."""
     if kind not in SIGNALS:
         within = "" if kind == AT_A_CHANGE else HALF_WRITTEN
         number = draw.randint(1, 60 if kind == AT_A_CHANGE else 40)
         death = Death(number, folder, within, twice=kind == TWICE)
-        code = finish(commands, log, death=death, prepare=deadly)
+        code = finish(commands, log, death=death)
         return code, code != 0
-    child = start(commands, log, prepare=deadly)
+    child = start(commands, log)
     code = wait(child, draw.uniform(0.02, max(0.5, 1.1 * length / 3)))
     if code is not None:
         end_group(child)
@@ -365,13 +361,11 @@ def kill_jobs(folder: Path, *, amount: int, seed: int) -> dict[str, Any]:
 def kill_at_every_change(folder: Path, *, amount: int, seed: int) -> dict[str, Any]:
     """Kill a distillation at one change to the disk after the other, `amount` of them spread evenly over all, starting
     a fresh run for each; each, resumed, must end as the undisturbed one."""
-    from faults.jobs import shortest
+    from faults.jobs import finished, shortest
 
     preload()
     job, log = shortest(), folder / "log"
-    if code := finish(job.commands(folder / "straight"), log):
-        return {"tried": 0, "failures": [f"undisturbed: exit code {code}: {last_words(log)}"]}
-    wanted = job.result(folder / "straight")
+    wanted = job.result(finished())
     total = count_changes(job, folder / "counted", log)
     places = sorted({round(1 + place * (total - 1) / max(1, amount - 1)) for place in range(amount)})
     failures = []

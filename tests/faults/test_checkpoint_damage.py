@@ -1,6 +1,8 @@
 """Files of a run damaged at any place: found, named and set aside, and what is sound is used."""
 
 import json
+import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 from faults import checkpoint_damage, kills
 from faults.checkpoint_damage import WAYS, damage_checkpoints, damage_run_files
-from faults.jobs import shortest
+from faults.jobs import finished
 from faults.kills import finish
 
 from fdkit.training import checkpoint as reading
@@ -16,10 +18,10 @@ from fdkit.training import checkpoint as reading
 
 @pytest.mark.slow
 def test_damaged_checkpoints_are_found_and_the_one_before_is_used(tmp_path: Path) -> None:
-    result = damage_checkpoints(tmp_path, amount=240, seed=5)
+    result = damage_checkpoints(tmp_path, amount=160, seed=5)
     assert result["failures"] == []
-    assert result["found"] > 200
-    assert result["found"] + result["harmless"] == 240
+    assert result["found"] > 130
+    assert result["found"] + result["harmless"] == 160
     assert {"shards.json", "manifest.json", "state.json", "model.safetensors"} <= result[
         "damages_by_file"
     ].keys()
@@ -27,15 +29,13 @@ def test_damaged_checkpoints_are_found_and_the_one_before_is_used(tmp_path: Path
 
 @pytest.mark.slow
 def test_damaged_files_of_a_run_are_said(tmp_path: Path) -> None:
-    result = damage_run_files(tmp_path, amount=96, seed=2)
+    result = damage_run_files(tmp_path, amount=64, seed=2)
     assert result["failures"] == []
     assert min(result["resumed"], result["refused"], result["not taken for a model"], result["read"]) > 0
 
 
 def test_a_reader_without_checksums_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial can fail: where only sizes are compared, it tells of every bit that was flipped."""
-    import random
-
     from tests.training.training_toys import train_toy
 
     run = train_toy(tmp_path / "run")
@@ -64,14 +64,11 @@ DAMAGES = (("student.safetensors", "cut"), ("student.json", "cut"), ("run.json",
 )
 def test_commands_given_a_damaged_run_say_so(damages: Any, tmp_path: Path) -> None:
     kills.preload()
-    import random
-
-    job, log, run = shortest(), tmp_path / "log", tmp_path / "run"
-    assert finish(job.commands(run), log) == 0
+    log, run = tmp_path / "log", shutil.copytree(finished(), tmp_path / "run")
     draw, number = random.Random(4), 0
     for name, command in READERS.items():
         for file, way in damages:
-            log.unlink()
+            log.unlink(missing_ok=True)
             number += 1
             with checkpoint_damage.damaged(run / file, way, draw):
                 code = finish([command(run, tmp_path / f"out-{number}")], log)
@@ -87,7 +84,5 @@ def test_commands_given_a_damaged_run_say_so(damages: Any, tmp_path: Path) -> No
 
 
 def test_every_way_of_damage_changes_a_file() -> None:
-    import random
-
     draw, data = random.Random(1), json.dumps(list(range(1000))).encode()
     assert all(way(data, draw) != data for way in WAYS.values())

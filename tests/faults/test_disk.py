@@ -24,15 +24,18 @@ def _preloaded() -> None:
 @needs_mounting
 @pytest.mark.slow
 def test_a_disk_full_at_any_moment_is_said_and_the_run_goes_on_with_room(tmp_path: Path) -> None:
-    tally = fill_again_and_again(jobs.shortest(), tmp_path, 3, random.Random(3))
+    tally = fill_again_and_again(jobs.shortest(), tmp_path, 2, random.Random(3))
     assert tally["failures"] == []
-    assert tally["full"] == tally["went_on_in_the_same_bits"] == 3
+    assert tally["full"] == tally["went_on_in_the_same_bits"] == 2
     assert len(tally["stages"]) > 1
 
 
 @needs_mounting
-@pytest.mark.slow
-@pytest.mark.parametrize("job", [jobs.pack("--workers", "0"), disks.analysis()], ids=lambda job: job.name)
+@pytest.mark.parametrize(
+    "job",
+    [jobs.pack("--workers", "0"), pytest.param(disks.analysis(), marks=pytest.mark.long)],
+    ids=lambda job: job.name,
+)
 def test_a_full_disk_stops_other_commands_in_words(job: kills.Job, tmp_path: Path) -> None:
     tally = fill_again_and_again(job, tmp_path, 2, random.Random(1))
     assert tally["failures"] == []
@@ -99,6 +102,9 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     ended = fdkit("FDKIT teachers | head -1; echo ${PIPESTATUS[0]}", tmp_path)
     assert ended.stdout.splitlines()[-1] == "0", ended.stderr
     assert ended.stderr == ""
+    # and where it has left before anything is said
+    ended = fdkit("(sleep 0.5; FDKIT teachers; echo $? >&2) | true", tmp_path)
+    assert ended.stderr == "0\n"
     ended = fdkit("FDKIT teachers >/dev/full; echo $?", tmp_path)
     assert ended.stdout == "6\n"
     assert "no room left on the disk" in ended.stderr
@@ -122,9 +128,9 @@ def test_training_goes_on_though_nobody_reads_what_it_says(tmp_path: Path) -> No
 @needs_mounting
 @pytest.mark.long
 def test_every_command_on_disks_of_many_sizes(tmp_path: Path) -> None:
-    result = fill_disks(tmp_path, amount=24, seed=1)
+    result = fill_disks(tmp_path, amount=16, seed=1)
     assert result["failures"] == []
-    assert result["full"] > 18
+    assert result["full"] > 10
 
 
 @needs_mounting

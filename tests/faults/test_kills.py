@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from faults import kills
-from faults.jobs import shortest
+from faults.jobs import finished, shortest
 from faults.kills import Death, finish, kill_at_every_change, kill_jobs, start, try_to_lose, wait
 
 from fdkit.errors import OutputError
@@ -142,8 +142,7 @@ def test_asked_to_stop_it_saves_and_asked_twice_it_stops_at_once(tmp_path: Path)
     assert [name for name in left - saved if name.startswith(kills.HALF_WRITTEN)]
     assert finish(job.begun(folder), log) == 0
 
-    assert finish(job.commands(tmp_path / "straight"), log) == 0
-    wanted = job.result(tmp_path / "straight")
+    wanted = job.result(finished())
     assert kills.differences(wanted, job.result(folder)) == []
     # the comparison can fail: a generator that is off by one draw is found
     assert "generators.safetensors" in kills.differences(wanted, job.result(tmp_path / "lossy"))
@@ -151,15 +150,15 @@ def test_asked_to_stop_it_saves_and_asked_twice_it_stops_at_once(tmp_path: Path)
 
 @pytest.mark.long
 def test_every_job_killed_once_a_kind(tmp_path: Path) -> None:
-    result = kill_jobs(tmp_path, amount=40, seed=random.Random(1).randrange(1000))
+    result = kill_jobs(tmp_path, amount=14, seed=random.Random(1).randrange(1000))
     assert result["failures"] == []
-    assert result["tried"] > 30
+    assert result["tried"] > 8
     assert result["kills_in_half_written_checkpoints"] > 0
 
 
 @pytest.mark.long
 def test_killed_at_changes_spread_over_all(tmp_path: Path) -> None:
-    result = kill_at_every_change(tmp_path, amount=26, seed=0)
+    result = kill_at_every_change(tmp_path, amount=20, seed=0)
     assert result["failures"] == []
     assert result["changes_of_a_run"] > 60
 
