@@ -413,9 +413,8 @@ class Trainer:
                 self.window.load(state["windows"][self.world.rank], self.device)
             if self.world.is_main:
                 log.info("resuming at step %d of %d from %s", self.step, self.plan.num_steps, name)
-        begins_anew = (
-            found is None
-        )  # also a run that was killed before it saved anything, and had logged step 0
+        # Anew begins also a run that was killed before it saved anything, and had logged step 0.
+        begins_anew = found is None
         self.run.forget_metrics_after(-1 if begins_anew else self.step)
 
     @contextmanager
