@@ -413,9 +413,11 @@ def _lock_or_refuse(descriptor: int, folder: Path, *, is_restart: bool) -> dict[
     if holder and holder["host"] != socket.gethostname() and status.exists() and not is_restart:
         quiet = time.time() - status.stat().st_mtime
         if quiet < STALE_SECONDS:
+            when = f"{quiet:.0f} s ago" if quiet >= 0 else f"{-quiet:.0f} s ahead of this machine's clock"
+            wait = f" or wait {STALE_SECONDS - quiet:.0f} s" if quiet >= 0 else ""
             raise OutputError(
-                f"{folder}: in use by {who}, which wrote {quiet:.0f} s ago",
-                f"if that process is gone, delete {folder / 'lock'} or wait {STALE_SECONDS - quiet:.0f} s",
+                f"{folder}: in use by {who}, which wrote {when}",
+                f"if that process is gone, delete {folder / 'lock'}{wait}",
             )
     return holder
 

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,20 @@ def test_killed_at_changes_spread_over_all(tmp_path: Path) -> None:
     result = kill_at_every_change(tmp_path, amount=20, seed=0)
     assert result["failures"] == []
     assert result["changes_of_a_run"] > 60
+
+
+def test_a_lock_from_a_clock_that_was_ahead_is_explained(tmp_path: Path) -> None:
+    """Where the clock was put back, the one who wrote last may still be at work: refused, and said how to go on."""
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 4}))
+    ahead = time.time() + 3 * 86400
+    os.utime(tmp_path / "run" / "run.json", (ahead, ahead))
+    with pytest.raises(OutputError) as refused:
+        begin(tmp_path / "run", resume=True)
+    assert "s ahead of this machine's clock" in refused.value.message
+    assert "wait" not in refused.value.hint
+    (tmp_path / "run" / "lock").unlink()
+    begin(tmp_path / "run", resume=True)
 
 
 def test_what_was_measured_before_a_first_checkpoint_stands_there_once(tmp_path: Path) -> None:
