@@ -274,8 +274,10 @@ def cut_in(name: str, run_folder: Path) -> dict[str, str]:
     for key, value in _flat({**_cut_network(command, recipe), **_cut_counts(command, recipe)}).items():
         if key not in wanted:
             cut[key] = f"the network's -> {value}"
+    if name in STUDENTS:
+        cut["the run it goes on with"] = f"{STUDENTS[name]}, cut as that is"
     model = Path(str(found.get("teacher", found.get("model", "")))).name
-    if model in TEACHERS:
+    if model in TEACHERS and name not in STUDENTS:
         cut[f"{model}, of random weights"] = json.dumps(TEACHERS[model][1])
     return cut
 
