@@ -4,6 +4,7 @@ Nothing heavy is imported before a command is known, so that `fdkit --help` answ
 """
 
 import ast
+import errno
 import json
 import logging
 import os
@@ -94,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command line and leave with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    _replace_closed_streams()
     _log_to_stderr()
     try:
         code = _dispatch([argument for argument in arguments if argument != "--debug"])
-        if sys.stdout is not None:  # as it is where it was closed before the start
-            sys.stdout.flush()
+        sys.stdout.flush()
     except FdkitError as error:
         code = error.exit_code
         _report(error, debug)
@@ -113,13 +114,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
-        explained = write_failure(error)
+        explained = _explained(error)
         if explained is None:
             raise
         _drop_output()  # or what is still to be printed would fail again, without words
         code = explained.exit_code
         _report(explained, debug)
     sys.exit(code)
+
+
+def _explained(error: Exception) -> FdkitError | None:
+    """What an error of the system means for the user, wherever it was met; None for a bug."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)[:60]
+        return ConfigError(f"{name}...: a name too long for this disk", "choose a shorter one")
+    return write_failure(error)
+
+
+def _replace_closed_streams() -> None:
+    """Have nobody read what is printed where standard output or error was closed before the start.
+
+    Left closed, their numbers would go to the first files opened, and what libraries print would end there.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def _drop_output() -> None:

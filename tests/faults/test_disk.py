@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def test_training_goes_on_though_nobody_reads_what_it_says(tmp_path: Path) -> No
         words = command.replace(str(tmp_path / "run"), str(tmp_path / f"run-{number}"))
         fdkit(f"FDKIT {words} {streams}", tmp_path)
         facts = json.loads((tmp_path / f"run-{number}" / "run.json").read_text())
-        assert facts["state"] == "done", streams
+        assert facts["state"] == "done", (streams, facts["reason"])
 
 
 @needs_mounting
@@ -152,3 +153,20 @@ def test_workers_without_shared_memory(tmp_path: Path) -> None:
     text = log.read_text()
     assert code in (0, 6), text
     assert code == 0 or "shm" in text or "shared memory" in text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kilobytes", [4, 40])
+def test_a_limit_on_files_is_said_as_a_full_disk_is(kilobytes: int, tmp_path: Path) -> None:
+    """The same without a file system of one's own: files may not grow beyond a limit."""
+    log, out = tmp_path / "log", tmp_path / "run"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 * kilobytes, 1000 * kilobytes))
+
+    assert finish(jobs.shortest().commands(out), log, prepare=limit) == 6
+    text = log.read_text()
+    assert "File too large" in text or "os error 27" in text
+    assert "Traceback" not in text
+    assert finish(jobs.shortest().begun(out), log) == 0
+    assert kills.differences(jobs.shortest().result(jobs.finished()), jobs.shortest().result(out)) == []
