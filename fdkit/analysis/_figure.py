@@ -3,10 +3,12 @@
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from fdkit.data.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,6 +126,7 @@ def figure_bytes(figure: "Figure", kind: str = "svg", *, transparent: bool = Fal
     kind: "svg", "png" (200 dots an inch) or "webp" (144; it loses a little and is far smaller); transparent: without
     the white background. The figure keeps the layout that it gets here.
     """
+    _show_names_as_they_are(figure)
     buffer = io.BytesIO()
     engine = figure.get_layout_engine()
     if engine is not None:
@@ -133,6 +136,36 @@ def figure_bytes(figure: "Figure", kind: str = "svg", *, transparent: bool = Fal
     background = "none" if transparent else "white"
     figure.savefig(buffer, format=kind, facecolor=background, **_OPTIONS[kind])
     return buffer.getvalue()
+
+
+def _show_names_as_they_are(figure: "Figure") -> None:
+    """Take no name for mathematics, such as a folder called a$b$, and show its control characters in words.
+
+    Numbers at logarithmic axes are mathematics.
+    """
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter, LogFormatter
+
+    powers: set[int] = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        for formatter, is_minor in ((axis.get_major_formatter(), False), (axis.get_minor_formatter(), True)):
+            if isinstance(formatter, FuncFormatter):  # what set_yticks(labels=...) sets
+                formatter.func = partial(_shown_by, formatter.func)
+            labels = axis.get_ticklabels(minor=is_minor)
+            powers |= {id(label) for label in labels if isinstance(formatter, LogFormatter)}
+    for text in figure.findobj(Text):
+        if id(text) not in powers:
+            text.set_parse_math(False)
+            text.set_text(_shown(text.get_text()))
+
+
+def _shown_by(label_of: Callable[..., str], value: float, place: int | None = None) -> str:
+    return _shown(label_of(value, place))
+
+
+def _shown(text: str) -> str:
+    """The text with control characters escaped, its lines kept."""
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def save_figure(figure: "Figure", stem: Path) -> list[Path]:

@@ -130,7 +130,7 @@ def write_page(
     content = render_page(title, lead=lead, sections=sections, facts=facts)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
         temporary.replace(path)
     except OSError as error:
         failed = write_failure(error) or OutputError(f"cannot write the page {path}: {error.strerror}")

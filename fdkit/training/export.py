@@ -1,8 +1,11 @@
 """What a finished run hands on: the student, and a card that says where it comes from."""
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
+from fdkit.data.text import printable
 from fdkit.methods._method import Method
 from fdkit.models.libraries import HEADS_FILE, RECIPE_FILE, WEIGHTS_FILE, save_backbone, save_tensors
 from fdkit.teachers.licensing import combined_terms, recorded_teachers, terms_of_identity
@@ -49,7 +52,7 @@ def model_card(method: Method, run: Run) -> str:
     data: dict[str, Any] = facts.get("data") or {}
     last: dict[str, Any] = next((line for line in reversed(run.metrics()) if "loss" in line), {})
     sections = [
-        f"# {architecture} trained with {type(method).__name__}",
+        f"# {_plain(architecture)} trained with {type(method).__name__}",
         _table(
             {
                 "Architecture": f"{architecture} ({num_parameters / 1e6:.1f} M parameters)",
@@ -72,7 +75,7 @@ def model_card(method: Method, run: Run) -> str:
         '```python\nimport fdkit\n\nmodel = fdkit.load_teacher("PATH/TO/THIS/FOLDER")\n```',
         "`student.safetensors` holds the weights under the model library's own names, `student.json` what builds it.",
         "## Recipe",
-        f"```yaml\n{run.config_yaml.strip()}\n```",
+        _fenced(run.config_yaml.strip(), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -81,13 +84,21 @@ def _teacher_sections(teachers: list[dict[str, Any]]) -> list[str]:
     """Who taught the student, and what their licences may mean for it."""
     terms = combined_terms(terms_of_identity(teacher) for teacher in teachers)
     whose = "the teacher's licence" if len(teachers) == 1 else "the teachers' licences"
-    notes = [f"What it knows comes from these weights: {whose} ({terms.license}) may bind its use."]
+    notes = [f"What it knows comes from these weights: {whose} ({_plain(terms.license)}) may bind its use."]
     if terms.is_noncommercial:
         forbidding = [teacher for teacher in teachers if terms_of_identity(teacher).is_noncommercial]
-        names = ", ".join(f"{teacher.get('name')} ({teacher.get('license')})" for teacher in forbidding)
+        names = ", ".join(
+            _plain(f"{teacher.get('name')} ({teacher.get('license')})") for teacher in forbidding
+        )
         notes.append(f"**Non-commercial**: the weights of {names} are for non-commercial use only.")
     heading = "## Teacher" if len(teachers) == 1 else "## Teachers"
-    return [heading, *(_table(teacher) for teacher in teachers), *notes]
+    return [heading, *(_table(teacher | _origin(teacher)) for teacher in teachers), *notes]
+
+
+def _origin(teacher: dict[str, Any]) -> dict[str, Any]:
+    """Where published weights came from, as rows of a table."""
+    origin = teacher.get("origin") or {}
+    return {"origin": origin.get("address"), "revision": origin.get("revision")}
 
 
 def _table(rows: dict[str, Any]) -> str:
@@ -100,5 +111,17 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def _cell(value: object) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _plain(f"{value:.6g}" if isinstance(value, float) else str(value))
+
+
+def _plain(text: str) -> str:
+    """The text as Markdown that shows it as it is: no name makes a link, a heading or an element of HTML."""
+    marked = re.sub(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", printable(text))
+    return html.escape(marked, quote=False)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code that no line of the text can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    lines = [printable(line) for line in text.split("\n")]
+    return "\n".join([f"{fence}{language}", *lines, fence])
