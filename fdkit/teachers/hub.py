@@ -291,6 +291,7 @@ def _why_unreachable() -> str:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # else a download tells torch's version and what program asks
     try:
         get_session().head(constants.ENDPOINT, timeout=_CONNECT_SECONDS)
     except Exception as error:  # the hub's HTTP client depends on its version, and so do its errors

@@ -31,6 +31,8 @@ class Hub(http.server.ThreadingHTTPServer):
         """Whether files come with other bytes than their checksums say."""
         self.asked: list[str] = []
         """METHOD path of every request."""
+        self.told: list[str] = []
+        """What each request says of who asks."""
 
     @property
     def url(self) -> str:
@@ -57,6 +59,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         hub = self.server
         hub.asked.append(f"{self.command} {self.path}")
+        hub.told.append(self.headers.get("User-Agent", ""))
         parts = unquote(self.path).strip("/").split("/")
         if len(parts) != 5 or "/".join(parts[:2]) != REPO:
             self._head(200 if self.path == "/" else 404, {"Content-Length": "0"})

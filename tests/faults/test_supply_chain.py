@@ -48,6 +48,17 @@ def test_what_the_hub_says_it_has_not_is_known_to_be_missing(tmp_path: Path) -> 
         assert hub.asked == [], "the cache knows, too"
 
 
+def test_a_download_tells_nothing_of_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    with hub_here(tmp_path) as hub:
+        hub.publish({"config.json": b'{"architecture": "x"}', "model.safetensors": b"x"})
+        fetch_repo(REPO)
+        assert hub.told
+        assert not [text for text in hub.told if "torch" in text or "agent/" in text]
+
+
 def distilled(folder: Path, teacher: str, *further: str) -> tuple[int | None, str]:
     """Exit code of a distillation, and what it said."""
     log, images = folder.with_name("log"), folder.with_name("photos")
