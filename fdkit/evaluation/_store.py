@@ -135,6 +135,9 @@ class FeatureStore:
             record = self.folder / "features.json"
             goes_on = all(path.exists() and path.stat().st_size == wanted for path, wanted in paths.items())
             goes_on = goes_on and not record.exists()  # what was finished and cannot be read is damaged
+            if not goes_on:
+                # First: killed or out of room from here on, nothing may look like an extraction that can go on.
+                (self.folder / "done.u8").unlink(missing_ok=True)
             record.unlink(missing_ok=True)
             if not goes_on:
                 if shutil.disk_usage(self.folder).free < size:
@@ -143,9 +146,7 @@ class FeatureStore:
                         "free some space, or name another folder with --cache",
                     )
                 for path, wanted in paths.items():
-                    with path.open("wb") as file:
-                        if wanted:  # all of it now: a mapped file that finds no room later ends the process
-                            os.posix_fallocate(file.fileno(), 0, wanted)
+                    _make_file(path, wanted)
             (self.folder / "key.json").write_text(json.dumps(self.key, indent=1) + "\n")
         _wait()
 
@@ -210,6 +211,15 @@ class FeatureStore:
 
     def _done(self) -> Any:
         return np.memmap(self.folder / "done.u8", np.uint8, "r+", shape=(self.num_images,))
+
+
+def _make_file(path: Path, size: int) -> None:
+    """A file of zeros with all its room: a mapped one that finds none later ends the process without a word."""
+    reserve = getattr(os, "posix_fallocate", None)  # macOS has none
+    with path.open("wb") as file:
+        file.truncate(size)
+        if size and reserve is not None:
+            reserve(file.fileno(), 0, size)
 
 
 def _mark(values: Any, done: Any, written: list[np.ndarray]) -> None:

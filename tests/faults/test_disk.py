@@ -4,15 +4,23 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from faults import disks, jobs, kills
 from faults.disks import can_mount, fill_again_and_again, fill_disks, lose_disk
 from faults.kills import finish, start, wait
+
+from fdkit.errors import ResourceError
+from fdkit.evaluation._store import FeatureStore
+from fdkit.evaluation.features import Rows
 
 needs_mounting = pytest.mark.skipif(not can_mount(), reason="no file system may be mounted here")
 
@@ -41,6 +49,32 @@ def test_a_full_disk_stops_other_commands_in_words(job: kills.Job, tmp_path: Pat
     tally = fill_again_and_again(job, tmp_path, 2, random.Random(1))
     assert tally["failures"] == []
     assert tally["full"] == 2
+
+
+@needs_mounting
+def test_features_that_find_no_room_are_refused_and_end_no_process(tmp_path: Path) -> None:
+    """Room that another process took after it was looked at: a mapped file without it would end this one by SIGBUS."""
+
+    def fill() -> None:
+        def make(indices: np.ndarray) -> Iterator[Rows]:
+            yield Rows(torch.from_numpy(indices), torch.ones(len(indices), 64))
+
+        store = FeatureStore(tmp_path / "disk", {}, num_images=4000, width=64)
+        plenty = shutil.disk_usage(tmp_path)
+        shutil.disk_usage = lambda path: plenty  # type: ignore[assignment]
+        try:
+            store.fill(make)
+        except ResourceError as error:
+            os._exit(6 if "No space left" in error.message else 1)
+
+    with disks.small_disk(tmp_path / "disk", "256k"):
+        child = os.fork()
+        if child == 0:
+            try:
+                fill()
+            finally:
+                os._exit(0)
+        assert wait(child, 30) == 6
 
 
 @needs_mounting

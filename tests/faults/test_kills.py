@@ -6,16 +6,20 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from faults import kills
 from faults.jobs import finished, shortest
 from faults.kills import Death, finish, kill_at_every_change, kill_jobs, start, try_to_lose, wait
 
 from fdkit.errors import OutputError
+from fdkit.evaluation._store import FeatureStore
+from fdkit.evaluation.features import Rows
 from fdkit.training import environment
 from fdkit.training.run import Run
 from tests.training.training_toys import train_toy, untimed_metrics
@@ -195,3 +199,24 @@ def test_what_was_measured_before_a_first_checkpoint_stands_there_once(tmp_path:
     killed()
     measured = [row["step"] for row in untimed_metrics(tmp_path) if "monitor/step_again" in row]
     assert measured == sorted(set(measured))
+
+
+def test_damaged_features_made_again_and_killed_are_never_taken_for_whole(tmp_path: Path) -> None:
+    """At any change to the disk: what is read afterwards is what was computed, not what a half-made file holds."""
+    wanted = torch.arange(60.0).reshape(20, 3) + 1
+
+    def make(indices: np.ndarray) -> Iterator[Rows]:
+        rows = torch.from_numpy(indices)
+        yield Rows(rows, wanted[rows])
+
+    number, killed = 0, True
+    while killed:
+        number += 1
+        store = FeatureStore(tmp_path / f"{number}", {}, num_images=20, width=3)
+        store.fill(make)
+        values = store.folder / "values.f32"
+        values.write_bytes(b"\xff" * values.stat().st_size)
+        killed = killed_while(lambda store=store: store.fill(make), tmp_path / f"{number}", number)  # type: ignore[misc]
+        found, _ = store.fill(make)
+        assert found.equal(wanted), number
+    assert number > 5
