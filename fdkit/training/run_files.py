@@ -17,12 +17,14 @@ def kind_of(folder: Path) -> Literal["empty", "run", "other"]:
     """What a folder holds: nothing, a run, or something else.
 
     Nothing is also the little that a process leaves that was killed before its run began: the lock, made first, and
-    the configuration. A run that lost its run.json is one while its configuration and checkpoints are there.
+    the configuration. A run that lost its run.json is one while its configuration is there, and its checkpoints or the
+    damaged run.json that was set aside.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names or (LOCK_FILE in names and names <= _BEGINNINGS):
         return "empty"
-    is_run = (folder / STATUS_FILE).is_file() or {LOCK_FILE, CONFIG_FILE, "checkpoints"} <= names
+    is_known = "checkpoints" in names or f"{STATUS_FILE}.corrupt-1" in names
+    is_run = (folder / STATUS_FILE).is_file() or ({LOCK_FILE, CONFIG_FILE} <= names and is_known)
     return "run" if is_run else "other"
 
 
