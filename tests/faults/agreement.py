@@ -34,7 +34,7 @@ class Curves(NamedTuple):
     moved: torch.Tensor
     """(P,) what all steps together changed in the trained weights."""
     followers: torch.Tensor
-    """(Q,) the same of networks that follow the student; empty where there is none."""
+    """(Q,) the same of all other weights, such as networks that follow the student; empty where there are none."""
 
 
 class Difference(NamedTuple):
@@ -121,7 +121,7 @@ def _keep_moves(path: Path) -> None:
         before = flat(self.parameters), flat(others)
         run_steps(self, *arguments)
         moves = flat(self.parameters) - before[0], flat(others) - before[1]
-        torch.save({"moved": moves[0], "followers": moves[1][moves[1] != 0]}, path)
+        torch.save({"moved": moves[0], "followers": moves[1]}, path)
 
     Trainer.run_steps = watched  # type: ignore[method-assign]
 
@@ -132,7 +132,9 @@ def difference(one: Curves, other: Curves) -> Difference:
     def angle(a: Tensor, b: Tensor) -> float:
         if a.shape != b.shape:  # of numbers that moved in one of them alone
             return 1.0
-        return 1 - float(torch.cosine_similarity(a.double(), b.double(), dim=0)) if a.numel() else 0.0
+        if not a.any() and not b.any():
+            return 0.0
+        return 1 - float(torch.cosine_similarity(a.double(), b.double(), dim=0))
 
     return Difference(
         loss=float(np.abs(one.loss - other.loss).mean() / np.abs(one.loss).mean()),
