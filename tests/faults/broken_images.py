@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -275,3 +275,56 @@ def make_collection(folder: Path, count: int, seed: int) -> list[Specimen]:
         )
         number += 1
     return specimens
+
+
+# -- the trial
+
+NO_IMAGES = {
+    "directory", "dangling link", "link to itself", "link to a device", "link to a folder above", "pipe",
+    "link to a pipe", "empty", "one byte", "web page", "script", "SVG", "PostScript", "PDF", "pickle",
+    "bomb of 2 gigapixels", "bomb under Pillow's own limit", "bomb of real pixels", "width without height",
+    "PPM that promises everything", "BMP with huge sides", "strange name of a cut file",
+}  # fmt: skip
+"""Kinds of which no specimen can be read."""
+IMAGES = {"whole", "wrong extension", "strange name"}
+"""Kinds of which each can."""
+
+
+def try_images(folder: Path, *, amount: int, seed: int) -> dict[str, Any]:
+    """At least `amount` broken files listed and read: each an image or refused in words, none left out or taken for
+    another; "kinds" counts them by what was done to them."""
+    from faults.limits import try_all
+
+    from fdkit.data.decode import BadImage
+    from fdkit.data.sources import FolderSource
+
+    specimens = make_collection(folder / "images", amount + 2, seed)  # of which two are hidden by a dot
+    source = FolderSource(folder / "images")
+    kinds = {one.name: one.kind for one in specimens if not one.name.startswith(b".")}
+    listed = {os.fsencode(source._names[index]): index for index in range(len(source))}
+    failures = [f"{kinds[name]}: {name!r} is not listed" for name in kinds.keys() - listed.keys()]
+    failures += [f"{name!r} is listed and was not made" for name in listed.keys() - kinds.keys()]
+
+    def read(case: tuple[str, int]) -> None:
+        kind, index = case
+        try:
+            image = source.read(index)
+        except BadImage as error:
+            if kind in IMAGES or not error.path.isprintable() or not error.reason:
+                raise AssertionError(f"refused: {error}") from error
+            raise
+        assert image.mode == "RGB"
+        assert kind not in NO_IMAGES, "read as an image"
+
+    inputs = [(f"{kinds[name]}: {name!r}", (kinds[name], index)) for name, index in listed.items()]
+    trial = try_all(read, inputs, refusals=(BadImage,), seconds=10, megabytes=700)
+    counts: dict[str, int] = {}
+    for one in specimens:
+        counts[one.kind] = counts.get(one.kind, 0) + 1
+    return {
+        "tried": trial.tried,
+        "read": trial.read,
+        "refused": trial.refused,
+        "kinds": dict(sorted(counts.items())),
+        "failures": failures + trial.failures,
+    }

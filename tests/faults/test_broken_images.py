@@ -6,46 +6,64 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.broken_images import Specimen, make_collection
-from faults.limits import try_all
+from faults.broken_images import IMAGES, MUTATIONS, NO_IMAGES, make_collection, try_images
+from PIL import Image
 
 from fdkit.data.decode import BadImage
 from fdkit.data.sources import FolderSource
 
-NO_IMAGES = {
-    "directory", "dangling link", "link to itself", "link to a device", "link to a folder above", "pipe",
-    "link to a pipe", "empty", "one byte", "web page", "script", "SVG", "PostScript", "PDF", "pickle",
-    "bomb of 2 gigapixels", "bomb under Pillow's own limit", "bomb of real pixels", "width without height",
-    "PPM that promises everything", "BMP with huge sides", "strange name of a cut file",
-}  # fmt: skip
-"""Kinds of which no specimen can be read."""
+
+def test_every_one_is_listed_and_read_or_refused(tmp_path: Path) -> None:
+    result = try_images(tmp_path, amount=700, seed=3)
+    assert result["failures"] == []
+    assert result["tried"] >= 700
+    assert result["read"] > 100
+    assert result["refused"] > 200
+    assert result["kinds"].keys() >= NO_IMAGES | IMAGES | MUTATIONS.keys()
 
 
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Specimen]]:
-    folder = tmp_path_factory.mktemp("broken") / "images"
-    return folder, make_collection(folder, 700, seed=3)
+def test_the_trial_sees_what_is_read_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that takes every file for an image, and one that raises what it must not, fail it."""
+    monkeypatch.setattr(FolderSource, "read", lambda self, index: Image.new("RGB", (2, 2)))
+    failures = try_images(tmp_path / "a", amount=100, seed=0)["failures"]
+    assert any(words.startswith("bomb of real pixels") for words in failures)
+    monkeypatch.setattr(FolderSource, "read", lambda self, index: {}[index])
+    failures = try_images(tmp_path / "b", amount=100, seed=0)["failures"]
+    assert any("KeyError" in words for words in failures)
 
 
-def test_every_one_is_listed_and_read_or_refused(collection: tuple[Path, list[Specimen]]) -> None:
-    folder, specimens = collection
-    source = FolderSource(folder)
-    kinds = {specimen.name: specimen.kind for specimen in specimens}
-    listed = {os.fsencode(source._names[index]): index for index in range(len(source))}
-    assert listed.keys() == {name for name in kinds if not name.startswith(b".")}
-    inputs = [(f"{kinds[name]}: {name!r}", index) for name, index in listed.items()]
-    trial = try_all(source.read, inputs, refusals=(BadImage,), seconds=10, megabytes=700)
-    assert trial.failures == []
-    assert trial.read > 100
-    assert trial.refused > 200
-    for name, index in listed.items():
-        if kinds[name] in NO_IMAGES:
-            with pytest.raises(BadImage) as refused:
-                source.read(index)
-            assert refused.value.path.isprintable()
-            assert refused.value.reason
-        elif kinds[name] in {"whole", "wrong extension", "strange name"}:
-            assert source.read(index).mode == "RGB", name
+def test_a_file_that_disappears_after_it_was_listed_is_a_bad_image(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
+    source = FolderSource(tmp_path)
+    (tmp_path / "1.png").unlink()
+    assert len(source) == 3
+    with pytest.raises(BadImage, match=r"1\.png \(No such file"):
+        source.read(1)
+    assert source.read(2).size == (9, 9)
+
+
+def test_a_folder_that_may_not_be_read_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read everything, so the system's refusal is put in by hand."""
+    for name in ("open", "shut\x1b[31m"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "all" / name / "x.png")
+    scan = os.scandir
+
+    def refused(path: Any) -> Any:
+        if "shut" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    source = FolderSource(tmp_path / "all")
+    assert [source.describe(index) for index in range(len(source))] == [
+        str(tmp_path / "all" / "open" / "x.png")
+    ]
+    [said] = [message for message in caplog.messages if "unreadable folder" in message]
+    assert said.isprintable()
 
 
 @pytest.mark.slow
@@ -53,8 +71,6 @@ def test_training_names_each_once_and_shifts_no_label(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two classes, whose broken images lie between the whole ones; the whole ones are told apart by their colour."""
-    from PIL import Image
-
     from fdkit.commands.distill import distill
     from fdkit.data.loader import LoaderConfig, evaluation_batches
     from fdkit.data.views import CenterCrop

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,3 +219,46 @@ def damaged(files: dict[str, bytes], count: int, seed: int) -> list[tuple[str, b
         (f"{name}, {way}", MUTATIONS[way](files[name], random))
         for name, way in (kinds[number % len(kinds)] for number in range(count))
     ]
+
+
+# -- the trial
+
+
+def try_weights(folder: Path, *, amount: int, seed: int) -> dict[str, Any]:
+    """Every hostile file of weights, and `amount` damaged ones: "executions" counts code of theirs that was run."""
+    from faults.limits import try_all
+
+    from fdkit.errors import FdkitError
+    from fdkit.teachers.files import read_file
+    from fdkit.teachers.loading import load_teacher
+
+    marker, path = folder / "marker", folder / "weights.pth"
+    hostile = {**evil_pickles(str(marker)), **strange_archives(), **lying_safetensors()}
+
+    def load(data: bytes) -> None:
+        path.write_bytes(data)
+        load_teacher(str(path), architecture=ARCHITECTURE)
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        read_file(path)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own words about damaged pickles
+        made = try_all(load, list(hostile.items()), refusals=(FdkitError,))
+        random = try_all(read, damaged(whole_weights(), amount, seed), refusals=(FdkitError,))
+    outside = Path("/tmp/fdkit-owned")
+    failures = made.failures + random.failures
+    failures += ["a hostile file was read as weights"] if made.read else []
+    failures += [f"{one} was made by a file of weights" for one in (marker, outside) if one.exists()]
+    left = sorted(entry.name for entry in folder.iterdir())
+    failures += [] if left == [path.name] else [f"left behind: {', '.join(left)}"]
+    return {
+        "tried": made.tried + random.tried,
+        "hostile": made.tried,
+        "damaged": random.tried,
+        "read": made.read + random.read,
+        "refused": made.refused + random.refused,
+        "executions": int(marker.exists()) + int(outside.exists()),
+        "failures": failures,
+    }

@@ -1,0 +1,35 @@
+"""Archives that would write outside, follow links or unpack without end: nothing of that happens."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+from faults.archives import SECRET, hostile_tars, try_archives
+from PIL import Image
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's own words about damaged pickles
+
+
+def test_hostile_archives_are_read_without_leaving_them_or_refused(tmp_path: Path) -> None:
+    result = try_archives(tmp_path, amount=100, seed=0)
+    assert result["failures"] == []
+    assert result["hostile"] > 200
+    assert result["tried"] >= result["hostile"] + 100
+    assert result["read"] > 100
+    assert result["refused"] > 100
+
+
+def test_the_links_do_lead_outside(tmp_path: Path) -> None:
+    """Unpacked without a guard, they show the picture outside: the test above can fail."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8), SECRET).save(secret)
+    tars = dict(hostile_tars(secret))
+    path = tmp_path / "x.tar"
+    for name in (f"symlink to {secret}", "symlink to ../secret.png"):
+        path.write_bytes(tars[name])
+        with tarfile.open(path) as archive:
+            archive.extractall(inside, filter="fully_trusted")
+        assert Image.open(inside / "x.png").getpixel((0, 0)) == SECRET
+        (inside / "x.png").unlink()
