@@ -169,10 +169,20 @@ def validate(kind: type[C], values: Values, origin: str) -> C:
 
     Raises ConfigError with all problems, one a line: "recipe.yaml: optim.wieght_decay: unknown field; ...".
     """
+    _refuse_zero_bytes(values, origin)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(kind, error, origin))) from None
+
+
+def _refuse_zero_bytes(value: Any, origin: str, place: str = "") -> None:
+    """Raises ConfigError for a text that no file or process can be named by."""
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{origin}: {place}: {value[:60]!r} holds a zero byte", "leave it out")
+    if isinstance(value, dict | list | tuple):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_zero_bytes(one, origin, f"{place}.{key}".removeprefix("."))
 
 
 def check_recipe(kind: type[Config], values: Values, origin: str) -> None:

@@ -62,7 +62,7 @@ class PackConfig(Config):
     """JPEG quality of the images made smaller."""
     images_per_shard: int = Field(1000, ge=1)
     """How many images a shard holds."""
-    workers: int = Field(-1, ge=-1)
+    workers: int = Field(-1, ge=-1, le=1024)
     """Processes that write shards; 0 writes in this one, -1 starts one a core."""
     max_bad_ratio: float = Field(0.01, ge=0, le=1)
     """Share of a split's images that may be unreadable before packing stops; one is always allowed."""

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from fdkit.config import Config
 from fdkit.data.decode import Decoder, decoder_for, decoding_with
@@ -32,6 +32,8 @@ log = logging.getLogger("fdkit")
 
 MAX_AUTO_WORKERS = 12
 MAX_BAD_IN_A_ROW = 100
+MOST_NAMED = 5
+"""Workers of which a message says where they were."""
 _TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ORDER, _VIEWS = 0, 1  # what a stream of random numbers is for
 
@@ -42,16 +44,16 @@ Slot = tuple[int, int]
 class LoaderConfig(Config):
     """How images are read."""
 
-    workers: int = Field(-1, ge=-1)
+    workers: int = Field(-1, ge=-1, le=1024)
     """Processes that read and crop images; 0 reads in the training process, -1 chooses by the number of cores."""
     max_bad_ratio: float = Field(0.01, ge=0, le=1)
     """Share of the images that may be unreadable before the run stops; one is always allowed."""
     decoder: Decoder = "auto"
     """What decodes JPEG files, always to the same pixels: torchcodec, which is quicker; pillow; or auto, the first
     that is installed. Other formats are Pillow's."""
-    timeout_seconds: float = Field(600, gt=0)
+    timeout_seconds: float = Field(600, gt=0, le=1_000_000)
     """Longest wait for a batch from a worker before the run stops."""
-    retry_seconds: float = Field(DEFAULT_SECONDS, ge=0)
+    retry_seconds: float = Field(DEFAULT_SECONDS, ge=0, le=1_000_000)
     """How long a folder of images that is gone, such as a network disk, is waited for before the run stops."""
 
 
@@ -221,12 +223,36 @@ class _ViewsOfImages(Dataset[_Item]):
         self.views = views
         self.stream = _Stream(seed, _VIEWS)
         self.tries = min(len(source), MAX_BAD_IN_A_ROW) if substitute else 1
+        self.places: Tensor | None = None
+        """(workers,) int64 that all processes share: the image each worker is at, -1 for none."""
 
     def __getitem__(self, slot: Slot) -> _Item:
+        item = self._item(slot)
+        self._mark(-1)
+        return item
+
+    def _mark(self, index: int) -> None:
+        """Leave word of where this worker is, should it never come back."""
+        worker = get_worker_info()
+        if worker is not None and self.places is not None:
+            self.places[worker.id] = index
+
+    def being_read(self) -> str:
+        """The images that workers are at, in words; "" where none is."""
+        places = [] if self.places is None else self.places.tolist()
+        named = [
+            f"worker {worker} at {self.source.describe(index)}"
+            for worker, index in enumerate(places)
+            if index >= 0
+        ]
+        return ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
+
+    def _item(self, slot: Slot) -> _Item:
         epoch, index = slot
         bad: list[tuple[str, str]] = []
         for candidate in range(index, index + self.tries):
             candidate %= len(self.source)
+            self._mark(candidate)
             start, busy = time.perf_counter(), time.thread_time()
             try:
                 with decoding_with(self.decoder), waiting_up_to(self.retry_seconds):
@@ -344,6 +370,7 @@ def _run(
     """The batches in order, from one set of workers that lives until the iterator ends."""
     decoder_for(config.decoder)  # refused here rather than in a worker
     workers = num_workers(config)
+    dataset.places = torch.full((workers,), -1).share_memory_() if workers else None
     loader = DataLoader(
         dataset,
         batch_sampler=slots,
@@ -354,11 +381,11 @@ def _run(
         worker_init_fn=_leave_signals_to_trainer,
         generator=torch.Generator(),  # without one, iter() draws from the global generator
     )
-    return _batches(loader, bad_images, costs, strict=dataset.tries > 1)
+    return _batches(loader, dataset, bad_images, costs)
 
 
 def _batches(
-    loader: DataLoader[_Item], bad_images: BadImages, costs: ReadingCosts, *, strict: bool
+    loader: DataLoader[_Item], dataset: _ViewsOfImages, bad_images: BadImages, costs: ReadingCosts
 ) -> Iterator[Batch]:
     try:
         with _trainers_signals_blocked():
@@ -368,15 +395,16 @@ def _batches(
                 raise collated.lost
             costs.add(collated.cost)
             bad_images.add([BadImage(path, reason) for path, reason in collated.bad])
-            if strict and not collated.complete:
+            if dataset.tries > 1 and not collated.complete:
                 bad_images.stop()
             if collated.batch is not None:
                 yield collated.batch
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
+        at = dataset.being_read()
         raise ResourceError(
-            f"reading images failed: {error}",
+            f"reading images failed: {error}" + (f"; {at}" if at else ""),
             "if memory or /dev/shm is short, use fewer processes: --loader.workers 1, or 0 for none",
         ) from error
 

@@ -56,7 +56,7 @@ class TrainConfig(Config):
     """Steps between further checkpoints; null: by the clock alone."""
     keep_checkpoints: int = Field(2, gt=0)
     """Checkpoints kept; older ones are deleted."""
-    timeout_seconds: float = Field(600, gt=0)
+    timeout_seconds: float = Field(600, gt=0, le=1_000_000)
     """How long processes wait for one that does not get on before all end, naming it; more than rank 0 ever needs to
     save or measure."""
 
