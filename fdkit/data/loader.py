@@ -235,7 +235,7 @@ class _ViewsOfImages(Dataset[_Item]):
         """Leave word of where this worker is, should it never come back."""
         worker = get_worker_info()
         if worker is not None and self.places is not None:
-            self.places[worker.id] = index
+            self.places.numpy()[worker.id] = index
 
     def being_read(self) -> str:
         """The images that workers are at, in words; "" where none is."""

@@ -236,7 +236,8 @@ class DyingSource(ArraySource):
 def test_a_worker_that_dies_is_explained() -> None:
     dying = DyingSource("dying", source().images, None)
     with pytest.raises(
-        ResourceError, match=r"reading images failed: DataLoader worker.*\n.*--loader.workers"
+        ResourceError,
+        match=r"reading images failed: DataLoader worker.*; worker 0 at dying\[3\]\n.*--loader.workers",
     ):
         list(evaluation_batches(dying, CenterCrop(8), LoaderConfig(workers=1), batch_size=5))
 
@@ -250,9 +251,11 @@ class SlowSource(ArraySource):
 
 def test_a_worker_that_hangs_is_not_waited_for() -> None:
     slow = SlowSource("slow", source().images, None)
-    with pytest.raises(ResourceError, match="timed out after 1"):
+    with pytest.raises(ResourceError, match=r"timed out after 1\.0 seconds; worker 0 at slow\[3\]"):
         list(
-            evaluation_batches(slow, CenterCrop(8), LoaderConfig(workers=1, timeout_seconds=1), batch_size=5)
+            evaluation_batches(
+                slow, CenterCrop(8), LoaderConfig(workers=1, timeout_seconds=1, retry_seconds=0), batch_size=5
+            )
         )
 
 
