@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from fdkit import __version__
 from fdkit.config import Config, Values, check_recipe, find_recipe, read_yaml, recipe_names, validate
-from fdkit.errors import ConfigError, FdkitError, PreemptedError, did_you_mean, write_failure
+from fdkit.data.terminal import PlainFormatter, guard_streams
+from fdkit.errors import ConfigError, FdkitError, PreemptedError, did_you_mean, memory_failure, write_failure
 
 
 class CommandEntry(NamedTuple):
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     _replace_closed_streams()
+    guard_streams()
     _log_to_stderr()
     try:
         code = _dispatch([argument for argument in arguments if argument != "--debug"])
@@ -128,7 +130,7 @@ def _explained(error: Exception) -> FdkitError | None:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         name = str(error.filename)[:60]
         return ConfigError(f"{name}...: a name too long for this disk", "choose a shorter one")
-    return write_failure(error)
+    return write_failure(error) or memory_failure(error)
 
 
 def _replace_closed_streams() -> None:
@@ -337,7 +339,7 @@ def _report(error: FdkitError, debug: bool) -> None:
         print(f"{label}: {error}", file=sys.stderr)
 
 
-class _Prefix(logging.Formatter):
+class _Prefix(PlainFormatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text

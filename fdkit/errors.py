@@ -119,6 +119,19 @@ def write_failure(
     )
 
 
+def memory_failure(error: BaseException) -> ResourceError | None:
+    """What memory that ran out, of this machine or a GPU, means for the user; None for any other error."""
+    is_device = type(error).__name__ == "OutOfMemoryError"  # PyTorch's, by name: nothing here imports it
+    if not is_device and not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+        return None
+    told = str(error).strip().partition("\n")[0].partition(". ")[0]
+    of = "the device is" if is_device else "this machine is"
+    return ResourceError(
+        f"{of} out of memory{f': {told}' if told else ''}",
+        "a smaller --batch-size, or --train.batch-size of a training, needs less; so do fewer --loader.workers",
+    )
+
+
 @contextmanager
 def write_failures_explained(folder: Path, hint: str = "") -> Iterator[None]:
     """Turn a failed write into the error that `write_failure` makes of it."""

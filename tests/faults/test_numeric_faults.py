@@ -128,3 +128,23 @@ def test_runs_are_compared_with_what_can_differ(stopped: Path, tmp_path: Path) -
     weights = ("exported", "model.safetensors", "optimizer.safetensors", "metrics")
     assert all(one[name] != found[name] for name in weights)
     assert not_finite_in(other) == []
+
+
+@pytest.mark.parametrize("where", NO_MEMORY)
+def test_without_memory_any_command_says_so(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fdkit.cli import main
+    from fdkit.commands import evaluate
+
+    def without_memory(config: Any) -> Any:
+        raise NO_MEMORY[where]()
+
+    monkeypatch.setattr(evaluate, "run", without_memory)
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "knn", "demo", "--data", "digits"])
+    said = capsys.readouterr().err
+    assert end.value.code == 6, said
+    assert "out of memory" in said
+    assert "--batch-size" in said
+    assert "Traceback" not in said
