@@ -27,7 +27,7 @@ SIGTERM there, and again before it is written."""
 HALF_WRITTEN = ".writing-"
 SAVED, OVER = {75}, {130, 138, 143}
 DIED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1}
-LONGEST_RUN = 180.0
+LONGEST_RUN = 600.0
 
 
 class Job(NamedTuple):
@@ -262,13 +262,16 @@ def try_to_lose(job: Job, folder: Path, *, kills: int, seed: int, kinds: Sequenc
     length = time.monotonic() - began
     counted: Counter[str] = Counter()
     in_checkpoints, unexpected, commands = 0, [], job.commands(broken)
-    for number in range(kills * 3):
+    for number in range(kills * 6):
         if counted.total() >= kills:
             break
         kind = kinds[number % len(kinds)]
         code, alive = _kill_once(commands, log, kind, broken, draw, length)
-        if job.over and code == 5 and job.over in last_words(log):
-            break
+        if job.over and ((code == 0 and not alive) or job.over in last_words(log)):
+            shutil.rmtree(broken)  # it was too quick: once more from the beginning
+            log.unlink(missing_ok=True)
+            commands = job.commands(broken)
+            continue
         counted[kind] += alive
         in_checkpoints += alive and _is_half_written(broken)
         if code not in ({0, *SAVED, *OVER, *DIED} if alive else {0}) or _has_traceback(log):
@@ -304,7 +307,7 @@ def _kill_once(
         code = finish(commands, log, death=death)
         return code, code != 0
     child = start(commands, log)
-    code = wait(child, draw.uniform(0.02, max(0.5, 1.1 * length / 3)))
+    code = wait(child, draw.uniform(0.02, max(0.1, 1.1 * length / 3)))
     if code is not None:
         end_group(child)
         return code, False
