@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 from fdkit.config import parse_yaml
+from fdkit.data.terminal import PlainFormatter
 from fdkit.errors import (
     ConfigError,
     DistributedError,
@@ -130,7 +131,7 @@ class Run:
             except BaseException:
                 self._release()
                 raise
-            self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            self._log_handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
             self._log_level = log.level
             log.setLevel(logging.DEBUG)
             log.addHandler(self._log_handler)
