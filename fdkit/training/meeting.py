@@ -7,6 +7,8 @@ tokens it saw and what the meeting is called, and who finds its own token among 
 
 import json
 import os
+import queue
+import threading
 import time
 import uuid
 from datetime import timedelta
@@ -17,13 +19,45 @@ import torch.distributed as dist
 from fdkit.errors import DistributedError
 
 POLL_SECONDS = 0.05
+CONNECT_LEEWAY = 5.0
+"""Seconds that a connection may take beyond the time-out, by which torch itself gives up where nobody listens."""
 
 
 def open_store(timeout_seconds: float, *, serves: bool) -> Any:
     """A connection to the store at MASTER_ADDR:MASTER_PORT; serves: keep the store in this process.
 
-    Raises RuntimeError, as torch does, if nobody answers there in time.
+    Raises RuntimeError, as torch does, if the port is taken or nobody is there in time; DistributedError if what is
+    there does not answer as a store does.
     """
+    if serves:
+        return _store(timeout_seconds, serves=True)
+    # In a thread, as torch waits without end for a program that takes the connection and says nothing.
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            outcome.put(_store(timeout_seconds, serves=False))
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=connect, name="fdkit-connect", daemon=True).start()
+    try:
+        found = outcome.get(timeout=timeout_seconds + CONNECT_LEEWAY)
+    except queue.Empty:
+        raise DistributedError(
+            f"{_place()} takes connections and does not answer: another program may listen there",
+            "choose another port with --master-port or --rdzv-endpoint",
+        ) from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _place() -> str:
+    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+
+
+def _store(timeout_seconds: float, *, serves: bool) -> Any:
     return dist.TCPStore(  # type: ignore[attr-defined]  # public, and missing from torch's list of names
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -81,7 +115,6 @@ def _read(store: Any, keys: list[str]) -> list[str]:
 def _nobody_came(missing: list[int], rank: int, size: int, seconds: float) -> DistributedError:
     names = ", ".join(f"rank {number}" for number in missing)
     return DistributedError(
-        f"rank {rank} of {size} waited {seconds:g} s at "
-        f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} for {names}",
+        f"rank {rank} of {size} waited {seconds:g} s at {_place()} for {names}",
         "see whether each host started its processes, with the same --nnodes, --rdzv-endpoint and --rdzv-id",
     )

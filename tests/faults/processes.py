@@ -62,11 +62,12 @@ def run_ranks(
     *,
     seconds: float = NAMED_WITHIN,
     environments: Sequence[Mapping[str, str]] | None = None,
+    port: int | None = None,
 ) -> End:
-    """Run one command line a rank, each in its folder, and say how they ended."""
+    """Run one command line a rank, each in its folder, and say how they ended. port: where they meet, a free one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = port or probe.getsockname()[1]
     common = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [folder / "log" for folder in folders]
     begun = time.monotonic()
