@@ -40,7 +40,43 @@ class Trial(NamedTuple):
     """What the amount counts."""
 
 
-TRIALS = {}  # type: dict[str, Trial]
+TRIALS = {
+    "kills": Trial("commands killed at random moments and started again", "kills.kill_jobs", 130, "kills"),
+    "changes": Trial(
+        "a distillation killed at one change to the disk after the other",
+        "kills.kill_at_every_change",
+        60,
+        "kills",
+    ),
+    "checkpoints": Trial("checkpoints damaged", "checkpoint_damage.damage_checkpoints", 3000, "damages"),
+    "run files": Trial("other files of a run damaged", "checkpoint_damage.damage_run_files", 400, "damages"),
+    "disks": Trial("disks too small for what a command writes", "disks.fill_disks", 60, "disks"),
+    "images": Trial("broken and hostile image files", "broken_images.try_images", 2500, "files"),
+    "weights": Trial("hostile and damaged files of weights", "weight_files.try_weights", 4000, "files"),
+    "archives": Trial("hostile archives", "archives.try_archives", 600, "archives"),
+    "readers": Trial("damaged files given to every reader", "readers.fuzz_readers", 20000, "executions"),
+    "configurations": Trial(
+        "recipes and command lines drawn at random", "configs.try_configs", 400, "commands"
+    ),
+    "recipes": Trial(
+        "shipped recipes, two real steps of each", "recipe_steps.two_steps_of_every_recipe", 1000, "recipes"
+    ),
+    "numbers": Trial(
+        "NaN, infinity and missing memory injected", "numeric_faults.inject_numbers", 60, "faults"
+    ),
+    "precisions": Trial("runs in bf16 beside fp32", "agreement.precisions_agree", 13, "ways of training"),
+    "seeds": Trial("the same command twice", "agreement.seeds_repeat", 13, "ways of training"),
+    "processes": Trial("ranks killed or stopped under torchrun", "processes.lose_processes", 10, "ranks"),
+    "unequal ranks": Trial(
+        "ranks that differ in images, configuration, code or teacher", "processes.set_apart", 8, "pairs"
+    ),
+    "network": Trial("commands without a network", "network.speak_to_no_one", 6, "commands"),
+    "hub": Trial("files of a hub damaged, cut, changed or moved", "supply.tamper", 200, "files"),
+    "pages": Trial("reports and cards of hostile names", "pages.open_pages", 60, "pages"),
+    "soak": Trial("steps in a row", "soak.soak", 20000, "steps"),
+    "million": Trial("image files in one folder", "soak.million_files", 1_000_000, "files"),
+}
+"""By the name that --only takes; amounts that together take about an hour of one core."""
 
 
 def main() -> None:
