@@ -62,7 +62,7 @@ BOUNDS = {
     "mae": Difference(1e-3, 0.01, 1e-3, 1e-4),
     "mocov1": Difference(2e-3, 7e-3, 1e-4, 1e-4),
     "mocov2": Difference(5e-4, 0.018, 7e-3, 4e-3),
-    "mocov3": Difference(0.02, 1.5, 0.4, 0.4),
+    "mocov3": Difference(0.05, 1.5, 0.8, 0.8),
     "simclr": Difference(0.18, 0.7, 0.6, 1e-4),
     "simsiam": Difference(0.015, 0.3, 0.13, 1e-4),
     "swav": Difference(4e-4, 0.011, 1e-4, 1e-4),
@@ -73,8 +73,8 @@ BOUNDS = {
 
 Measured with seed 0 (loss, norm, angle, followers): distill 3e-5, 3e-4, 1e-5; byol 5e-4, 0.012, 1.5e-3; dino 7e-4,
 7e-3, 7e-4, 9e-4; esvit 4e-4, 7e-3, 2e-4, 3e-4; fast-moco 1e-4, 0.024, 5e-3; mae 3e-4, 2e-3, 2e-4; mocov1 4e-4, 2e-3,
-2e-5, 2e-5; mocov2 1e-4, 4e-3, 1.6e-3, 1e-3; mocov3 5e-3, 0.36, 0.1, 0.1; simclr 0.043, 0.17, 0.08; simsiam 4e-3,
-0.07, 0.03; swav 8e-5, 3e-3, 1e-5; finetune 1e-5, 2e-4, 8e-5; segment 2e-4, 1.5e-3, 1.3e-4. Batch norms over 32 images
+2e-5, 2e-5; mocov2 1e-4, 4e-3, 1.6e-3, 1e-3; mocov3 5e-3, 0.36, 0.1, 0.1 (seed 1: 0.013, 0.3, 0.22, 0.22); simclr
+0.043, 0.17, 0.08 (0.037, 0.12, 0.16); simsiam 4e-3, 0.07, 0.03 (5e-3, 0.07, 0.06); swav 8e-5, 3e-3, 1e-5; finetune 1e-5, 2e-4, 8e-5; segment 2e-4, 1.5e-3, 1.3e-4. Batch norms over 32 images
 make little runs of MoCo v3, SimCLR and SimSiam chaotic: there the bounds say no more than that both learn alike.
 
 Of the versions that are WRONG, with seed 0: losses in bf16 are beyond the bounds of distill (loss 6e-4) and mocov1
@@ -300,6 +300,7 @@ def repeated(way: Way, folder: Path, *, seed: int) -> Repeat:
         "deterministic": (seed, ["--train.deterministic"]),
         "deterministic again, with two workers": (seed, ["--train.deterministic", "--loader.workers", "2"]),
     }
+    (folder / way.name).mkdir(parents=True, exist_ok=True)
     left: dict[str, dict[str, str]] = {}
     for name, (chosen, further) in variants.items():
         place = folder / way.name / "run"
