@@ -13,12 +13,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -39,6 +38,8 @@ from fdkit.errors import DataError, OutputError, ResourceError
 log = logging.getLogger("fdkit")
 
 LINE_EVERY_SECONDS = 15.0
+SECONDS_TO_ANSWER = 0.2
+"""How long SIGTERM may wait while shards are written."""
 SAMPLE_IMAGES = 64
 """Images whose reading is timed, before and after."""
 
@@ -222,14 +223,19 @@ def _in_processes(
     executor = ProcessPoolExecutor(
         min(workers, len(missing)), initializer=_start_worker, initargs=(sources, os.getpid())
     )
-    with _terminated_politely():
+    with _terminated_politely() as asked:
         try:
             futures: dict[Future[dict[str, Any]], Job] = {
                 executor.submit(_write_in_worker, job, settings, folder): job for job in missing
             }
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=SECONDS_TO_ANSWER, return_when=FIRST_COMPLETED)
+                _leave_if(asked)
+                for future in done:
+                    yield futures[future], future.result()
             executor.shutdown()
+            _leave_if(asked)
         finally:  # what a stop leaves half-written is made again; nothing waits for it
             executor.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - before:
@@ -258,20 +264,26 @@ def _write_in_worker(job: Job, settings: Settings, folder: Path) -> dict[str, An
 
 
 @contextmanager
-def _terminated_politely() -> Iterator[None]:
-    """SIGTERM ends the block as an exception does, so that the workers are ended too."""
+def _terminated_politely() -> Iterator[list[int]]:
+    """What SIGTERM leaves a mark in, for the block to end by itself, so that the workers are ended too.
+
+    Raising where the signal is received would be lost inside what Python calls around a fork.
+    """
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    before = signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     try:
-        yield
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+def _leave_if(asked: list[int]) -> None:
+    """Raises SystemExit if a signal came."""
+    if asked:
+        raise SystemExit(128 + asked[0])
 
 
 def _write_manifest(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from faults import kills
-from faults.jobs import finished, shortest
+from faults.jobs import finished, pack, shortest
 from faults.kills import Death, finish, kill_at_every_change, kill_jobs, start, try_to_lose, wait
 
 from fdkit.errors import OutputError
@@ -220,3 +220,15 @@ def test_damaged_features_made_again_and_killed_are_never_taken_for_whole(tmp_pa
         found, _ = store.fill(make)
         assert found.equal(wanted), number
     assert number > 5
+
+
+def test_a_signal_in_the_middle_of_a_fork_is_not_lost(tmp_path: Path) -> None:
+    """Python drops what a signal handler raises inside the calls around a fork; packing ends all the same."""
+
+    def signal_at_forks() -> None:
+        parent = os.getpid()
+        os.register_at_fork(after_in_parent=lambda: os.kill(parent, signal.SIGTERM))
+
+    log = tmp_path / "log"
+    assert finish(pack("--workers", "2").commands(tmp_path / "run"), log, prepare=signal_at_forks) == 143
+    assert "Traceback" not in log.read_text()
