@@ -24,6 +24,8 @@ log = logging.getLogger("fdkit")
 
 BLOCK = 512
 MAX_LABEL_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20
+"""Of a long name, or of one member's PAX records."""
 MAX_LABEL = (1 << 31) - 1
 NO_LABEL = -1
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -129,6 +131,23 @@ def _scan(path: Path) -> TarIndex:
     return found.index()
 
 
+class _Headers:
+    """A file of which no more is read at a time than headers need: one that lies may ask for all memory there is."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        """As the file does. Raises ReadError for more than MAX_HEADER_BYTES."""
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        data: bytes = self._file.read(size)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _members(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
     """Every member of an archive. Raises DataError where it is damaged; tarfile itself would end there in silence."""
     shown = printable(str(path))
@@ -137,7 +156,7 @@ def _members(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
         archive: Any = None
         last = ""
         try:
-            archive = tarfile.TarFile(fileobj=file, mode="r")
+            archive = tarfile.TarFile(fileobj=_Headers(file), mode="r")
             archive.members.clear()
             # The constructor has read the first header.
             member = archive.firstmember

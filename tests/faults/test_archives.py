@@ -1,11 +1,15 @@
 """Archives that would write outside, follow links or unpack without end: nothing of that happens."""
 
+import resource
 import tarfile
 from pathlib import Path
 
 import pytest
 from faults.archives import SECRET, hostile_tars, try_archives
 from PIL import Image
+
+from fdkit.data.tar_source import open_tars
+from fdkit.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's own words about damaged pickles
 
@@ -33,3 +37,22 @@ def test_the_links_do_lead_outside(tmp_path: Path) -> None:
             archive.extractall(inside, filter="fully_trusted")
         assert Image.open(inside / "x.png").getpixel((0, 0)) == SECRET
         (inside / "x.png").unlink()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE])
+def test_a_name_of_gigabytes_takes_no_memory(
+    kind: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header of a long name that says it is 7 GB long had them all allocated."""
+    monkeypatch.setenv("FDKIT_CACHE", str(tmp_path / "cache"))
+    info = tarfile.TarInfo("x.png")
+    info.type, info.size = kind, 7 << 30
+    (tmp_path / "x.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
+    try:
+        with pytest.raises(DataError, match=r"x\.tar: damaged .*a header of 7,516,"):
+            open_tars(str(tmp_path / "x.tar"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
