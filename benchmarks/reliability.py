@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from data_path import environment
 
 TESTS = Path(__file__).parents[1] / "tests"
+MOST_SHOWN = 9
 BEGIN, END = "<!-- figures: made by benchmarks/reliability.py -->", "<!-- end of figures -->"
 
 
@@ -181,14 +182,26 @@ def figures(report: dict[str, Any]) -> str:
 
 
 def counted(result: dict[str, Any]) -> str:
-    """The counts beside the number of trials, in words."""
+    """The counts beside the number of trials, in words; long lists of them stand in the JSON file alone."""
     parts = []
     for name, value in result.items():
-        if name in {"tried", "failures", "seed", "seconds", "unit"}:
+        if name in {"tried", "failures", "seed", "seconds", "unit"} or isinstance(value, list):
             continue
-        shown = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, dict) else value
+        if isinstance(value, dict) and len(value) > MOST_SHOWN:
+            shown = f"{len(value)} of them"
+        elif isinstance(value, dict):
+            shown = ", ".join(f"{key} {plain(one)}" for key, one in value.items())
+        else:
+            shown = plain(value)
         parts.append(f"{name.replace('_', ' ')}: {shown}")
     return "; ".join(parts).replace("|", "\\|")
+
+
+def plain(value: Any) -> str:
+    """A number as people read it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
 def with_figures(page: str, text: str) -> str:
