@@ -298,6 +298,7 @@ class Trainer:
         """The batches, with the time spent waiting for them counted; training's generators are not drawn from."""
         while self.step < self.plan.num_steps:
             mark(self.step, "reading images")
+            self.run.at_step = self.step
             start = time.perf_counter()
             with undisturbed_generators(self.device):
                 batch = next(batches)

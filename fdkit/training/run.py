@@ -35,7 +35,16 @@ from fdkit.training.agreement import flat, require_same_setting
 from fdkit.training.checkpoint import write_whole
 from fdkit.training.distributed import current_world, launchers, told_of_loss
 from fdkit.training.environment import environment
-from fdkit.training.run_files import QuietLog, count_damaged_metrics, kind_of, read_metrics, read_status
+from fdkit.training.run_files import (
+    FAILED,
+    QuietLog,
+    count_damaged_metrics,
+    failed_steps,
+    kind_of,
+    read_metrics,
+    read_status,
+    refuse_a_third_time,
+)
 
 __all__ = ["Run", "check_unchanged", "environment", "error_text", "read_metrics"]
 
@@ -67,6 +76,8 @@ class Run:
         self.resumed = resumed
         """Whether the folder already held this run."""
         self.writes = writes
+        self.at_step: int | None = None
+        """The step that training is at; None before the first."""
         self._lock: int | None = None
         self._facts: dict[str, Any] = {}
         self._last_heartbeat = 0.0
@@ -117,7 +128,7 @@ class Run:
         run._acquire(is_restart=is_restart)
         try:
             with write_failures_explained(folder):
-                run._open(list(sys.argv if command is None else command))
+                run._open(list(sys.argv if command is None else command), is_restart=is_restart)
         except BaseException:
             run._release()
             raise
@@ -172,7 +183,8 @@ class Run:
         except OSError as failure:  # a full disk must not hide the error that ended the run
             log.error("%s: cannot keep the traceback: %s", self.folder, failure)
         try:
-            self.update(state=state, exit_code=code, reason=reason, ended=_now())
+            failed_at = self._failed_at() if state == "failed" else {}
+            self.update(state=state, exit_code=code, reason=reason, ended=_now(), **failed_at)
         except OSError as failure:
             log.error("%s: cannot record how the run ended: %s", self.folder, failure)
             return failure
@@ -246,7 +258,13 @@ class Run:
 
     def _record_loss(self, error: DistributedError) -> None:
         """Say how the run ended where the process that waits for another one is ended by its watch."""
-        self.update(state="failed", exit_code=error.exit_code, reason=str(error), ended=_now())
+        self.update(
+            state="failed", exit_code=error.exit_code, reason=str(error), ended=_now(), **self._failed_at()
+        )
+
+    def _failed_at(self) -> dict[str, list[int]]:
+        """What run.json says of the steps at which this attempt and the one before failed, if training had begun."""
+        return {} if self.at_step is None else {FAILED: [*failed_steps(self._facts)[-1:], self.at_step]}
 
     def _write_error(self, name: str, text: str) -> Path:
         path = self.folder / "errors" / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{name}"
@@ -254,11 +272,13 @@ class Run:
         path.write_text(text, encoding="utf-8")
         return path
 
-    def _open(self, command: list[str]) -> None:
-        """Check or write config.yaml and begin run.json."""
+    def _open(self, command: list[str], *, is_restart: bool) -> None:
+        """Check or write config.yaml and begin run.json. Raises DistributedError for a restart that is of no use."""
         config = self.folder / "config.yaml"
         if self.resumed:
             self._facts = read_status(self.folder)
+        if is_restart:
+            refuse_a_third_time(self._facts, self.folder)
         if self.resumed and config.exists():
             check_unchanged(_text_of(config), self.config_yaml, self.folder)
         else:
@@ -273,6 +293,7 @@ class Run:
             launchers=self._launchers,
             started=self._facts.get("started", _now()),
             resumes=self._facts.get("resumes", -1) + 1,
+            **({} if is_restart else {FAILED: []}),
             **environment(),
         )
 

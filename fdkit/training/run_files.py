@@ -2,12 +2,17 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from fdkit.errors import DistributedError
 
 log = logging.getLogger("fdkit")
 
 STATUS_FILE = "run.json"
+FAILED = "failed_steps"
+"""What run.json calls the steps at which the last attempts failed."""
 LOCK_FILE = "lock"
 CONFIG_FILE = "config.yaml"
 _BEGINNINGS = {LOCK_FILE, CONFIG_FILE, f".{CONFIG_FILE}.partial", f".{STATUS_FILE}.partial"}
@@ -59,6 +64,26 @@ def _has_sane_parts(facts: dict[str, Any]) -> bool:
         and (not data or all(isinstance(data.get(name), str) for name in ("name", "fingerprint")))
         and isinstance(launchers, list)
     )
+
+
+def failed_steps(facts: Mapping[str, Any]) -> list[int]:
+    """The steps at which the last two attempts of torchrun failed, the newest last."""
+    found = facts.get(FAILED)
+    return [step for step in found if type(step) is int] if isinstance(found, list) else []
+
+
+def refuse_a_third_time(facts: Mapping[str, Any], folder: Path) -> None:
+    """Raises DistributedError where two attempts failed at one step: what torchrun starts again would fail there, too.
+
+    Processes are told of a failure in one of them a step late at most.
+    """
+    steps = failed_steps(facts)
+    if len(steps) == 2 and abs(steps[0] - steps[1]) <= 1:
+        raise DistributedError(
+            f"{folder}: step {steps[1]} failed twice and is not tried again by itself; it said: "
+            f"{facts.get('reason', '(nothing)')}",
+            "mend what it names; the same command with --resume then goes on from the newest checkpoint",
+        )
 
 
 def set_aside(path: Path) -> Path:

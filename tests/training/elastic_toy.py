@@ -1,6 +1,7 @@
 """A toy training as torchrun starts it: elastic_toy.py FOLDER HOW; a rank kills itself once where DIES_AT says so.
 
-HOW: "overwrite", "resume" or "new", what is typed. DIES_AT: "RANK:STEP:FILE", where FILE says that it happened.
+HOW: "overwrite", "resume" or "new", what is typed. DIES_AT: "RANK:STEP:FILE", where FILE says that it happened; "-" for
+every time.
 """
 
 import os
@@ -27,9 +28,10 @@ class Dying(ToyMethod):
         if (
             current_world().rank == int(rank)
             and self.step(progress) == int(step)
-            and not Path(marker).exists()
+            and not (marker != "-" and Path(marker).exists())
         ):
-            Path(marker).write_text("died")
+            if marker != "-":
+                Path(marker).write_text("died")
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(views, progress)
 

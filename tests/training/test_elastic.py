@@ -12,7 +12,7 @@ import pytest
 from training_toys import CONFIG_YAML, exit_codes, final_weights, same_bits, start_ranks, untimed_metrics
 
 from fdkit.commands._command import default_output
-from fdkit.errors import ConfigError
+from fdkit.errors import ConfigError, DistributedError
 from fdkit.training.distributed import current_world, launchers
 from fdkit.training.run import Run
 from fdkit.training.stop import ECHO_SECONDS, StopRequest
@@ -79,6 +79,43 @@ def test_without_restarts_the_others_say_who_died(tmp_path: Path) -> None:
     facts = json.loads((folder / "run.json").read_text())
     assert facts["exit_code"] == 8, output
     assert "rank 0 of 2 lost the others: rank 1 died, last seen" in facts["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_step_that_fails_twice_is_not_tried_a_third_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, output = run_toy(folder, "new", "--max-restarts", "4", DIES_AT="1:10:-")
+    assert code != 0
+    assert "step 10 failed twice" in output
+    assert "rank 1 died" in output, "what it said stands there"
+    assert (folder / "log.txt").read_text().count("resuming at step") == 1
+
+
+def test_where_attempts_fail_is_counted_between_restarts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    folder = tmp_path / "run"
+
+    def fail_at(step: int, *, resume: bool = False) -> None:
+        with (
+            pytest.raises(ConfigError, match="bad"),
+            Run.create(folder, CONFIG_YAML, resume=resume) as run,
+        ):
+            run.at_step = step
+            raise ConfigError("bad")
+
+    fail_at(3)
+    fail_at(7)
+    fail_at(9)
+    fail_at(9)
+    with pytest.raises(DistributedError, match="step 9 failed twice.*it said: bad"):
+        fail_at(9)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    monkeypatch.setattr("fdkit.training.run.launchers", lambda world: ["host:1:2"])
+    fail_at(9, resume=True)
+    fail_at(9)
 
 
 def test_only_what_the_same_torchrun_began_goes_on_by_itself(
