@@ -21,6 +21,14 @@ class Duration(NamedTuple):
     world_size: int = 1
 
 
+class Holding(nn.Module):
+    """A part of a method that notes something in its forward passes for after the optimiser's step."""
+
+    def forget_held(self) -> None:
+        """Drop what was noted since the last step."""
+        raise AssertionError("a part that holds something can forget it")
+
+
 class Method(nn.Module):
     """A training method: everything the loop runs, and nothing about how it runs.
 
@@ -62,6 +70,12 @@ class Method(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """Update what follows the optimiser, such as a momentum encoder."""
+
+    def skip_step(self) -> None:
+        """Forget what the forward passes noted for `after_step`, which a step that is left out does not come to."""
+        for part in self.modules():
+            if isinstance(part, Holding):
+                part.forget_held()
 
     def step(self, progress: float) -> int:
         """Optimiser steps already done."""

@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdkit.errors import ConfigError
+from fdkit.methods._method import Holding
 
 
-class Queue(nn.Module):
+class Queue(Holding):
     """The newest features of earlier batches, equal on all ranks; it is saved with the method and resumes exactly.
 
     Rows that are held wait until `push_held`, which belongs after the optimiser's step: a step's parts all meet the
@@ -41,6 +42,10 @@ class Queue(nn.Module):
             places = self.num_pushed + torch.arange(len(rows), device=self.rows.device)
             self.rows.index_copy_(0, places % len(self.rows), rows.to(self.rows.dtype))
             self.num_pushed += len(rows)
+        self._held.clear()
+
+    def forget_held(self) -> None:
+        """Drop the rows held since the last step, which was left out."""
         self._held.clear()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads a number from the device

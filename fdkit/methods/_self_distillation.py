@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field
 from timm.layers import DropPath
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdkit.config import Config
 from fdkit.data.views import MultiCrop
 from fdkit.errors import ConfigError
+from fdkit.methods._method import Holding
 from fdkit.methods._network import NetworkConfig, build_network
 from fdkit.methods._resnet import with_full_residuals
 from fdkit.models.backbone import Backbone
@@ -126,7 +127,7 @@ def batches_by_size(views: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape[-1])]
 
 
-class Centre(nn.Module):
+class Centre(Holding):
     """The running mean of the teacher's scores over all ranks: c <- m c + (1 - m) * mean, once an optimiser step.
 
     `value` (1, K) starts at 0. Scores that were added wait until `update`, which belongs after the optimiser's step:
@@ -156,6 +157,10 @@ class Centre(nn.Module):
             return
         mean = sum_over_ranks(torch.stack(self._sums).sum(dim=0)) / (self._count * world_size())
         self.value.lerp_(mean, 1 - self.momentum)
+        self.forget_held()
+
+    def forget_held(self) -> None:
+        """Drop the scores added since the last step."""
         self._sums, self._count = [], 0
 
 

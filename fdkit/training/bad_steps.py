@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdkit.training.distributed import World, reduce_max
 
@@ -39,6 +39,42 @@ class BadSteps:
     def load(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
         self.total, self.in_a_row, self._last = state["total"], state["in_a_row"], state["last"]
+
+
+class BufferGuard:
+    """The buffers of a method as they were before a step, so that one that is left out leaves no mark.
+
+    Running statistics, queues and centres change before anyone knows whether the step is good. They are put back on
+    the device, without waiting for it. Buffers that are in no checkpoint never change and are not kept.
+    """
+
+    def __init__(self, method: nn.Module) -> None:
+        saved = method.state_dict().keys()
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        for name, buffer in method.named_buffers():
+            if name in saved and buffer.numel():
+                self._buffers.setdefault(buffer.dtype, []).append(buffer)
+        self._kept = self._joined()
+
+    def keep(self) -> None:
+        """Remember the buffers as they are."""
+        self._kept = self._joined()
+
+    @torch.no_grad()
+    def put_back(self, bad: Tensor) -> None:
+        """Make the buffers what they were when last kept, if `bad`, a scalar on the device, is above 0."""
+        for dtype, now in self._joined().items():
+            buffers = self._buffers[dtype]
+            parts = torch.where(bad > 0, self._kept[dtype], now).split([one.numel() for one in buffers])
+            shaped = [part.view(one.shape) for part, one in zip(parts, buffers, strict=True)]
+            torch._foreach_copy_(buffers, shaped)
+
+    @torch.no_grad()
+    def _joined(self) -> dict[torch.dtype, Tensor]:
+        """A copy of all buffers of a type, end to end: few kernels, however many buffers."""
+        return {
+            dtype: torch.cat([one.reshape(-1) for one in buffers]) for dtype, buffers in self._buffers.items()
+        }
 
 
 def first_damage(tensors: Mapping[str, Tensor], world: World, device: torch.device) -> str:

@@ -25,7 +25,7 @@ from fdkit.models.vit import patch_projection
 from fdkit.teachers.run_checkpoint import step_of
 from fdkit.training.activations import spare_memory
 from fdkit.training.agreement import require_same_images
-from fdkit.training.bad_steps import MOST_REPORTS, BadSteps
+from fdkit.training.bad_steps import MOST_REPORTS, BadSteps, BufferGuard
 from fdkit.training.checkpoint import list_steps
 from fdkit.training.compiling import compilation_facts, forget_compilations, warn_of_compilation
 from fdkit.training.distributed import (
@@ -168,6 +168,7 @@ class Trainer:
         )
         self.votes = Votes(world, device, lag=1 if refuses_bad else 0)
         self.bad_steps = BadSteps(train.max_bad_steps)
+        self.guard = BufferGuard(method)
         self.state = TrainingState(method, self.optimizer, self.shards, world, device)
         run.update(parallel=self.parallel.kind)
         self.told_of_compilation = False
@@ -178,6 +179,7 @@ class Trainer:
         mark(self.step, "computing")
         progress = self.step / self.plan.num_steps
         self.set_rates(progress)
+        self.guard.keep()
         self.optimizer.zero_grad(set_to_none=True)
         labels = batch.labels.to(self.device, non_blocking=True) if self.method.needs_labels else None
         metrics = self.backward(self.views(batch), progress, labels)
@@ -190,11 +192,19 @@ class Trainer:
             self.step, batch.indices, bad, stop=self.stop.requested, save=self.save_is_due()
         )
         verdicts = self.votes.read()
+        told = {verdict.step: verdict.is_bad for verdict in verdicts}
+        is_bad, is_unknown = told.get(self.step, False), self.step not in told
+        if any(told.values()):  # what a bad step left is looked for, and this one may be bad as well
+            self.guard.put_back(bad)
         self.hear(verdicts, metrics)
-        if not any(verdict.is_bad and verdict.step == self.step for verdict in verdicts):
+        if is_bad:
+            self.method.skip_step()
+        else:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW and SGD make no update where this is 1
             self.optimizer.step()
             self.method.after_step(progress)
+        if is_unknown:
+            self.guard.put_back(bad)
         self.window.add(metrics, bad)
         self.step += 1
         return verdicts

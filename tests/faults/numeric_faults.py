@@ -48,8 +48,8 @@ class Fault(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether a run bears it: one step's loss or gradient."""
-        return self.place in ("loss", "gradient") and len(self.steps) == 1
+        """Whether a run bears it: one step's loss or gradient, or what all of them come from."""
+        return self.place in ("loss", "gradient", "image") and len(self.steps) == 1
 
     def __str__(self) -> str:
         return f"{self.value} in the {self.place} of step {' and '.join(map(str, self.steps))}"

@@ -39,6 +39,7 @@ NO_MEMORY = {
         ("distill", Fault("second moment", np.inf), "stopped"),
         ("mocov1", Fault("queue", np.inf), "stopped"),
         ("simclr", Fault("gradient", np.nan), "went on"),
+        ("dino", Fault("image", np.nan), "went on"),
     ],
 )
 def test_a_number_that_is_not_finite_spoils_nothing(

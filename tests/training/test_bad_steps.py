@@ -12,6 +12,7 @@ from torch import nn
 from training_toys import (
     CONFIG_YAML,
     Pictures,
+    Stumbling,
     ToyMethod,
     exit_codes,
     final_weights,
@@ -22,14 +23,15 @@ from training_toys import (
     untimed_metrics,
 )
 
-from fdkit.data.loader import training_batches
+from fdkit.data.loader import BadImages, training_batches
 from fdkit.errors import NumericsError
-from fdkit.training.bad_steps import BadSteps, first_damage
+from fdkit.training.bad_steps import BadSteps, BufferGuard, first_damage
 from fdkit.training.distributed import World
-from fdkit.training.loop import train
+from fdkit.training.loop import Trainer, train
+from fdkit.training.plan import make_plan
 from fdkit.training.run import Run
 from fdkit.training.state import TrainingState
-from fdkit.training.votes import Window
+from fdkit.training.votes import Votes, Window
 
 ALONE = World(0, 1, 0)
 CPU = torch.device("cpu")
@@ -109,8 +111,57 @@ def test_a_run_killed_between_bad_steps_counts_on(tmp_path: Path) -> None:
 
 
 def test_what_a_bad_step_leaves_behind_is_found(tmp_path: Path) -> None:
-    with pytest.raises(NumericsError, match=r"step 7 of 24.*but slow is no longer finite"):
-        train_stumbling(tmp_path / "run", (7,), poisons=True)
+    with pytest.raises(
+        NumericsError, match=r"step 7 of 24.*but student.network.norm.weight is no longer finite"
+    ):
+        train_stumbling(tmp_path / "run", (7,), spoils="weights")
+
+
+def test_what_a_bad_step_made_of_running_averages_is_undone(tmp_path: Path) -> None:
+    """Also where two come in a row and where a step's verdict is read during the next one, as on a GPU."""
+    chosen = {"train_max_bad_steps": 2, "optim_lr": 1e-2}
+    train_stumbling(tmp_path / "spoilt", (5, 6, 17), spoils="average", **chosen)
+    train_stumbling(tmp_path / "unspoilt", (5, 6, 17), **chosen)
+    assert same_bits(final_weights(tmp_path / "unspoilt"), final_weights(tmp_path / "spoilt"))
+
+
+def test_a_verdict_read_late_undoes_as_much(tmp_path: Path) -> None:
+    chosen = settings(train_max_bad_steps=2)
+    plan = make_plan(Pictures(), train=chosen["train"], optim=chosen["optim"], world=ALONE, device=CPU)
+    with Run.create(tmp_path / "run", CONFIG_YAML) as run:
+        trainer = Trainer(
+            Stumbling((4, 5), spoils="average"), Pictures(), run, plan=plan, train=chosen["train"],
+            optim=chosen["optim"], seed=5, world=ALONE, device=CPU,
+        )  # fmt: skip
+        trainer.votes = Votes(ALONE, CPU, lag=1)
+        batches = trainer.batches(chosen["loader"], BadImages(Pictures(), 0.5))
+        slow = []
+        for _ in range(8):
+            trainer.update(next(batches))
+            slow.append(trainer.method.slow.clone())
+    assert torch.equal(slow[3], slow[4])
+    assert torch.equal(slow[4], slow[5])
+    assert not torch.equal(slow[5], slow[6])
+    assert slow[7].isfinite().all()
+    assert trainer.bad_steps.total == 2
+
+
+def test_buffers_of_every_type_are_put_back_only_after_a_bad_step() -> None:
+    method = ToyMethod()
+    method.add_module("norm", nn.BatchNorm1d(3))
+    guard = BufferGuard(method)
+    before = {name: value.clone() for name, value in method.named_buffers()}
+    for bad in (0.0, 1.0):
+        guard.keep()
+        method.norm(torch.tensor([[1.0, 2.0, math.nan], [3.0, 4.0, 5.0]]))
+        method.slow += 1
+        changed = {name: value.clone() for name, value in method.named_buffers()}
+        guard.put_back(torch.tensor(bad))
+        wanted = before if bad else changed
+        for name, value in method.named_buffers():
+            torch.testing.assert_close(value, wanted[name], rtol=0, atol=0, equal_nan=True, msg=name)
+        method.load_state_dict({**method.state_dict(), **before}, strict=False)
+    assert int(changed["norm.num_batches_tracked"]) == 1
 
 
 class Overflowing(ToyMethod):

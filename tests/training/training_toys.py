@@ -190,27 +190,27 @@ def exit_codes(processes: list[Any], timeout: float = 60) -> list[int | None]:
 
 
 class Stumbling(ToyMethod):
-    """The toy whose loss is not finite at some steps."""
+    """The toy whose loss is not finite at some steps; those may spoil its running average, or its weights, too."""
 
-    def __init__(self, bad_steps: tuple[int, ...], *, num_steps: int = 24, poisons: bool = False) -> None:
+    def __init__(self, bad_steps: tuple[int, ...], *, num_steps: int = 24, spoils: str = "") -> None:
         super().__init__()
         self.bad_steps = bad_steps
         self.num_steps = num_steps
-        self.poisons = poisons
+        self.spoils = spoils
 
     def forward(self, views: list[Tensor], progress: float) -> dict[str, Tensor]:
         scalars = super().forward(views, progress)
         if round(progress * self.num_steps) in self.bad_steps:
             scalars["loss"] = scalars["loss"] * float("nan")
-            if self.poisons:
+            if self.spoils == "average":
                 self.slow[0, 0] = float("inf")
+            elif self.spoils == "weights":
+                self.student.network.norm.weight.data[2] = float("inf")
         return scalars
 
 
-def train_stumbling(
-    folder: Path, bad_steps: tuple[int, ...], *, poisons: bool = False, **changes: Any
-) -> Run:
+def train_stumbling(folder: Path, bad_steps: tuple[int, ...], *, spoils: str = "", **changes: Any) -> Run:
     """Train the stumbling toy in a run folder; resumes if the folder holds a run."""
     with Run.create(folder, CONFIG_YAML, resume=True, command=["toy"]) as run:
-        train(Stumbling(bad_steps, poisons=poisons), Pictures(), run, **settings(**changes))
+        train(Stumbling(bad_steps, spoils=spoils), Pictures(), run, **settings(**changes))
     return run
