@@ -22,10 +22,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_path import environment
+from data_path import environment, git
 
 TESTS = Path(__file__).parents[1] / "tests"
 MOST_SHOWN = 9
+NOT_COUNTS = {"tried", "failures", "seed", "seconds", "unit", "commit"}
 BEGIN, END = "<!-- figures: made by benchmarks/reliability.py -->", "<!-- end of figures -->"
 
 
@@ -46,18 +47,18 @@ TRIALS = {
     "changes": Trial(
         "a distillation killed at one change to the disk after the other",
         "kills.kill_at_every_change",
-        60,
+        50,
         "kills",
     ),
     "checkpoints": Trial("checkpoints damaged", "checkpoint_damage.damage_checkpoints", 3000, "damages"),
     "run files": Trial("other files of a run damaged", "checkpoint_damage.damage_run_files", 400, "damages"),
-    "disks": Trial("disks too small for what a command writes", "disks.fill_disks", 60, "disks"),
+    "disks": Trial("disks too small for what a command writes", "disks.fill_disks", 40, "disks"),
     "images": Trial("broken and hostile image files", "broken_images.try_images", 2500, "files"),
     "weights": Trial("hostile and damaged files of weights", "weight_files.try_weights", 4000, "files"),
     "archives": Trial("hostile archives", "archives.try_archives", 600, "archives"),
-    "readers": Trial("damaged files given to every reader", "readers.fuzz_readers", 20000, "executions"),
+    "readers": Trial("damaged files given to every reader", "readers.fuzz_readers", 12000, "executions"),
     "configurations": Trial(
-        "recipes and command lines drawn at random", "configs.try_configs", 400, "commands"
+        "recipes and command lines drawn at random", "configs.try_configs", 250, "commands"
     ),
     "recipes": Trial(
         "shipped recipes, two real steps of each", "recipe_steps.two_steps_of_every_recipe", 1000, "recipes"
@@ -65,16 +66,17 @@ TRIALS = {
     "numbers": Trial(
         "NaN, infinity and missing memory injected", "numeric_faults.inject_numbers", 60, "faults"
     ),
-    "precisions": Trial("runs in bf16 beside fp32", "agreement.precisions_agree", 13, "ways of training"),
-    "seeds": Trial("the same command twice", "agreement.seeds_repeat", 13, "ways of training"),
-    "processes": Trial("ranks killed or stopped under torchrun", "processes.lose_processes", 10, "ranks"),
+    "precisions": Trial("runs in bf16 beside fp32", "agreement.precisions_agree", 14, "ways of training"),
+    "seeds": Trial("the same command twice", "agreement.seeds_repeat", 14, "ways of training"),
+    "processes": Trial("ranks killed or stopped under torchrun", "processes.lose_processes", 8, "ranks"),
     "unequal ranks": Trial(
-        "ranks that differ in images, configuration, code or teacher", "processes.set_apart", 8, "pairs"
+        "ranks that differ in images, configuration, code or teacher", "processes.set_apart", 7, "pairs"
     ),
-    "network": Trial("commands without a network", "network.speak_to_no_one", 6, "commands"),
-    "hub": Trial("files of a hub damaged, cut, changed or moved", "supply.tamper", 200, "files"),
-    "pages": Trial("reports and cards of hostile names", "pages.open_pages", 60, "pages"),
-    "soak": Trial("steps in a row", "soak.soak", 20000, "steps"),
+    "names": Trial("commands shown hostile names", "hostile_names.try_names", 99, "commands"),
+    "network": Trial("commands without a network", "network.speak_to_no_one", 4, "commands"),
+    "hub": Trial("files of a hub damaged, cut, changed or moved", "supply.tamper", 70, "files"),
+    "pages": Trial("reports and cards of hostile names", "pages.open_pages", 20, "pages"),
+    "soak": Trial("steps in a row", "soak.soak", 10000, "steps"),
     "million": Trial("image files in one folder", "soak.million_files", 1_000_000, "files"),
 }
 """By the name that --only takes; amounts that together take about an hour of one core."""
@@ -129,7 +131,13 @@ def run(name: str, share: float, seed: int) -> dict[str, Any]:
     except (ValueError, IndexError):
         words = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
         result = {"tried": 0, "failures": [f"the trial itself ended with code {done.returncode}: {words}"]}
-    return {"unit": TRIALS[name].unit, "seed": seed, "seconds": seconds} | result
+    known = {
+        "unit": TRIALS[name].unit,
+        "seed": seed,
+        "seconds": seconds,
+        "commit": git("rev-parse", "HEAD")[:7],
+    }
+    return known | result
 
 
 def run_here(trial: Trial, share: float, seed: int) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def sentence(result: dict[str, Any]) -> str:
     counts = ", ".join(
         f"{name.replace('_', ' ')} {value}"
         for name, value in result.items()
-        if isinstance(value, (int, float)) and name not in {"seed", "seconds", "tried"}
+        if isinstance(value, (int, float)) and name not in NOT_COUNTS
     )
     said = f"{result['tried']:,} {result['unit']}, {failed} failed ({result['seconds']:.0f} s)"
     return f"{said}: {counts}" if counts else said
@@ -174,7 +182,7 @@ def figures(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     lines += ["", f"{where['cpu']}, one core a trial, {total / 60:.0f} minutes in all; seed "
               f"{', '.join(sorted({str(result['seed']) for result in trials.values()}))}; {versions}; "
-              f"commit {where['commit'][:7]}."]  # fmt: skip
+              f"commit {', '.join(sorted({result['commit'] for result in trials.values()}))}."]  # fmt: skip
     failures = [
         f"- {TRIALS[name].title}: {failure}" for name in trials for failure in trials[name]["failures"][:20]
     ]
@@ -185,7 +193,7 @@ def counted(result: dict[str, Any]) -> str:
     """The counts beside the number of trials, in words; long lists of them stand in the JSON file alone."""
     parts = []
     for name, value in result.items():
-        if name in {"tried", "failures", "seed", "seconds", "unit"} or isinstance(value, list):
+        if name in NOT_COUNTS or isinstance(value, list):
             continue
         if isinstance(value, dict) and len(value) > MOST_SHOWN:
             shown = f"{len(value)} of them"
