@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.-]*[\w])")
 OF_OTHERS = {
     "debug", "help", "json", "no-json", "version",  # of every command
-    "max-restarts", "nnodes", "nproc-per-node", "rdzv-endpoint", "rdzv-id", "rdzv-backend", "standalone", "master-port",  # torchrun
+    "max-restarts", "nnodes", "nproc-per-node", "rdzv-endpoint", "rdzv-id", "rdzv-backend", "standalone",
+    "master-port",  # all of torchrun
     "no-python", "shutdown-timeout",  # torchrun, too
     "aug-plus", "cos", "fix-pred-lr", "mlp", "moco-t", "use_dense_prediction",  # official scripts, cited
     "porcelain", "flag",  # git; any flag
