@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from fdkit import __version__
 from fdkit.config import Config, Values, check_recipe, find_recipe, read_yaml, recipe_names, validate
-from fdkit.data.terminal import PlainFormatter, guard_streams
+from fdkit.data.terminal import PlainFormatter, escaped, guard_streams
 from fdkit.errors import ConfigError, FdkitError, PreemptedError, did_you_mean, memory_failure, write_failure
 
 
@@ -336,7 +336,7 @@ def _report(error: FdkitError, debug: bool) -> None:
         traceback.print_exception(error, file=sys.stderr)
     label = "stopped" if isinstance(error, PreemptedError) else "error"
     with suppress(BrokenPipeError):  # nobody listens: the exit code tells it
-        print(f"{label}: {error}", file=sys.stderr)
+        print(f"{label}: {escaped(str(error))}", file=sys.stderr)
 
 
 class _Prefix(PlainFormatter):

@@ -1,6 +1,7 @@
 """What is printed and logged, with what a terminal would obey escaped: names of files and classes are anybody's.
 
-Only rich's own colours and cursor moves pass, and only where a terminal reads; into a file or pipe nothing does.
+Only rich's own colours pass, and on standard error, where no name is printed that is not written out before, the
+cursor moves of its progress lines; and both only where a terminal reads: into a file or pipe nothing does.
 """
 
 import logging
@@ -14,7 +15,8 @@ _OBEYED = (
     r"\ud800-\udfff]"  # bytes of names that are no UTF-8, which cannot be printed at all
 )
 _OF_NAMES = re.compile(_OBEYED)
-_ON_A_TERMINAL = re.compile(rf"(\x1b\[[0-9;?]*[mKAJHhl]|\r)|{_OBEYED}")
+_STYLED = re.compile(rf"(\x1b\[[0-9;]*m)|{_OBEYED}")
+_MOVING = re.compile(rf"(\x1b\[[0-9;?]*[mKAJHhl]|\r)|{_OBEYED}")
 
 
 def escaped(text: str) -> str:
@@ -39,9 +41,9 @@ class PlainFormatter(logging.Formatter):
 class _Guarded:
     """A text stream that writes out what a terminal would obey."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, on_a_terminal: re.Pattern[str]) -> None:
         self._stream = stream
-        self._pattern = _ON_A_TERMINAL if stream.isatty() else _OF_NAMES
+        self._pattern = on_a_terminal if stream.isatty() else _OF_NAMES
 
     def write(self, text: str) -> int:
         """Write the text, escaped; the number of its own characters."""
@@ -59,7 +61,7 @@ class _Guarded:
 
 def guard_streams() -> None:
     """Have standard output and error of this process write out what a terminal would obey."""
-    for name in ("stdout", "stderr"):
+    for name, on_a_terminal in (("stdout", _STYLED), ("stderr", _MOVING)):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Guarded):
-            setattr(sys, name, _Guarded(stream))
+            setattr(sys, name, _Guarded(stream, on_a_terminal))

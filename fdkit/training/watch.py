@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from fdkit.data.terminal import escaped
 from fdkit.errors import DistributedError
 
 log = logging.getLogger("fdkit")
@@ -282,7 +283,7 @@ def lost(rank: int, size: int, sentence: str) -> DistributedError:
 
 def end_process(error: DistributedError) -> None:
     """End this process at once, whatever its main thread waits for."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {escaped(str(error))}", file=sys.stderr, flush=True)
     os._exit(error.exit_code)
 
 
