@@ -171,11 +171,11 @@ def _dispatch(arguments: list[str]) -> int:
         kind, choice, rest = _kind_of(name, rest)
         config = _parse(kind, rest, name, choice)
         outcome = module.run(config)
-    if getattr(config, "json_output", False):
-        if os.environ.get("RANK", "0") == "0":  # of several processes under torchrun, one speaks
+    if os.environ.get("RANK", "0") == "0":  # of several processes under torchrun, one speaks
+        if getattr(config, "json_output", False):
             print(json.dumps(outcome.numbers, indent=2))
-    else:
-        outcome.show()
+        else:
+            outcome.show()
     return int(outcome.exit_code)
 
 

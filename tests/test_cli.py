@@ -160,3 +160,12 @@ def test_a_negative_seed_is_refused_in_words(
     said = capsys.readouterr().err
     assert "seed" in said
     assert "Traceback" not in said
+
+
+def test_of_several_processes_one_says_what_was_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, wanted in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert run("teachers", "dino_vits") == 0
+        assert ("dino_vits" in capsys.readouterr().out) == wanted
