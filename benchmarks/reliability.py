@@ -47,28 +47,28 @@ TRIALS = {
     "changes": Trial(
         "a distillation killed at one change to the disk after the other",
         "kills.kill_at_every_change",
-        50,
+        40,
         "kills",
     ),
     "checkpoints": Trial("checkpoints damaged", "checkpoint_damage.damage_checkpoints", 3000, "damages"),
     "run files": Trial("other files of a run damaged", "checkpoint_damage.damage_run_files", 400, "damages"),
-    "disks": Trial("disks too small for what a command writes", "disks.fill_disks", 40, "disks"),
+    "disks": Trial("disks too small for what a command writes", "disks.fill_disks", 24, "disks"),
     "images": Trial("broken and hostile image files", "broken_images.try_images", 2500, "files"),
     "weights": Trial("hostile and damaged files of weights", "weight_files.try_weights", 4000, "files"),
     "archives": Trial("hostile archives", "archives.try_archives", 600, "archives"),
     "readers": Trial("damaged files given to every reader", "readers.fuzz_readers", 12000, "executions"),
     "configurations": Trial(
-        "recipes and command lines drawn at random", "configs.try_configs", 250, "commands"
+        "recipes and command lines drawn at random", "configs.try_configs", 200, "commands"
     ),
     "recipes": Trial(
         "shipped recipes, two real steps of each", "recipe_steps.two_steps_of_every_recipe", 1000, "recipes"
     ),
     "numbers": Trial(
-        "NaN, infinity and missing memory injected", "numeric_faults.inject_numbers", 60, "faults"
+        "NaN, infinity and missing memory injected", "numeric_faults.inject_numbers", 36, "faults"
     ),
     "precisions": Trial("runs in bf16 beside fp32", "agreement.precisions_agree", 14, "ways of training"),
     "seeds": Trial("the same command twice", "agreement.seeds_repeat", 14, "ways of training"),
-    "processes": Trial("ranks killed or stopped under torchrun", "processes.lose_processes", 8, "ranks"),
+    "processes": Trial("ranks killed or stopped under torchrun", "processes.lose_processes", 6, "ranks"),
     "unequal ranks": Trial(
         "ranks that differ in images, configuration, code or teacher", "processes.set_apart", 7, "pairs"
     ),
@@ -123,7 +123,7 @@ def read(path: Path | None) -> dict[str, Any]:
 def run(name: str, share: float, seed: int) -> dict[str, Any]:
     """Run a trial in a process of its own; its counts, or the end of the process as a failure."""
     command = [sys.executable, __file__, "--run", name, "--share", str(share), "--seed", str(seed)]
-    started = time.perf_counter()
+    started, commit = time.perf_counter(), git("rev-parse", "HEAD")[:7]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = round(time.perf_counter() - started, 1)
     try:

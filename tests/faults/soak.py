@@ -23,7 +23,7 @@ from PIL import Image
 
 NUM_IMAGES = 64
 BATCH = 8
-WARM_UP = 0.3
+WARM_UP = 0.5
 """Share of the steps after which nothing may grow any more: pools and caches are full, figures were drawn."""
 SAMPLES = 100
 LITTLE = [
@@ -48,7 +48,7 @@ LIMITS = {
 pieces of megabytes, so that a line through fewer steps is steeper and may be, in proportion."""
 LONG = 5000
 JUMPS = 0.25
-"""Workers took 2 to 4 MB at once, each once in 2500 to 12,000 steps, and were flat before and after: their limit falls
+"""Workers took 2 to 4 MB at once, each once in 2000 to 12,000 steps, and were flat before and after: their limit falls
 with the length of a run, down to this share."""
 ERRORS = 2
 """How many standard errors a slope must lie above its limit."""
@@ -66,11 +66,11 @@ class Growth(NamedTuple):
 
 
 def soak(folder: Path, *, amount: int, seed: int) -> dict[str, Any]:
-    """`amount` steps of distillation, and a fourth of them of MoCo v3."""
+    """`amount` steps of distillation, and half as many of MoCo v3."""
     pictures(folder / "images", seed)
     found = {
         "distill": soak_one(distillation(folder), folder, steps=amount, seed=seed),
-        "mocov3": soak_one(contrast(folder), folder, steps=max(200, amount // 4), seed=seed),
+        "mocov3": soak_one(contrast(folder), folder, steps=max(200, amount // 2), seed=seed),
     }
     failures = [f"{name}: {failure}" for name, one in found.items() for failure in one["failures"]]
     return {"tried": sum(one["steps"] for one in found.values()), "failures": failures, "runs": found}
