@@ -135,7 +135,7 @@ def run(name: str, share: float, seed: int) -> dict[str, Any]:
         "unit": TRIALS[name].unit,
         "seed": seed,
         "seconds": seconds,
-        "commit": git("rev-parse", "HEAD")[:7],
+        "commit": commit,
     }
     return known | result
 
