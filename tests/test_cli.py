@@ -162,6 +162,17 @@ def test_a_negative_seed_is_refused_in_words(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("place", ["", ".", "folder"])
+def test_a_folder_where_a_file_is_to_be_written_is_refused_at_once(
+    place: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert run("evaluate", "knn", "demo", "--data", "digits", "--cache", "none", "--output", place) == 5
+    assert "is a folder" in capsys.readouterr().err
+    assert run("doctor", "demo", "--record", place) == 5
+
+
 def test_of_several_processes_one_says_what_was_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

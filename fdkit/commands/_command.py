@@ -158,6 +158,12 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
             raise OutputError(f"{path}: is there already", "use --overwrite, or another --output")
 
 
+def refuse_folder(path: Path | None, flag: str) -> None:
+    """Raises OutputError where a file is to be written and a folder stands; before hours are spent on what goes there."""
+    if path is not None and path.is_dir():
+        raise OutputError(f"{flag} {path}: is a folder", f"name a file: {flag} {path / 'result.json'}")
+
+
 def write_result(path: Path, numbers: dict[str, Any]) -> None:
     """Write numbers as JSON, whole or not at all. Raises OutputError if it cannot be written, ResourceError
     if the disk is full.

@@ -9,7 +9,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fdkit.commands._command import Command, ModelOptions, write_result
+from fdkit.commands._command import Command, ModelOptions, refuse_folder, write_result
 from fdkit.commands._outcome import Outcome
 from fdkit.config import Config, validate
 from fdkit.data.json_file import read_object
@@ -47,6 +47,7 @@ def config_class() -> type[Config]:
 
 def run(config: DoctorConfig) -> Outcome:
     """Diagnose; the outcome's exit code is 4 if anything is wrong."""
+    refuse_folder(config.record, "--record")
     device = local_device(config.device)
     loaded, teacher = load_audited(Request(config.teacher, **config.loading(), seed=config.seed))
     golden = _stored(GOLDEN_FILE) | (_stored(config.golden) if config.golden else {})

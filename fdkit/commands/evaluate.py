@@ -14,6 +14,7 @@ from fdkit.commands._command import (
     config_of,
     plugin,
     plugins,
+    refuse_folder,
     resolve,
     write_result,
 )
@@ -116,6 +117,7 @@ def run(config: Any) -> Outcome:
     protocol = config.protocol and find_protocol(config.protocol)
     if protocol:
         _refuse_another(protocol, config)
+    refuse_folder(config.output, "--output")
     extraction = config.extraction()
     with process_group(extraction.device) as world:
         needs_head = getattr(config, "classifier", None) == "head"
