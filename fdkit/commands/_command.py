@@ -159,7 +159,7 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
 
 
 def refuse_folder(path: Path | None, flag: str) -> None:
-    """Raises OutputError where a file is to be written and a folder stands; before hours are spent on what goes there."""
+    """Raises OutputError where a file is to be written and a folder stands: before hours are spent on what it holds."""
     if path is not None and path.is_dir():
         raise OutputError(f"{flag} {path}: is a folder", f"name a file: {flag} {path / 'result.json'}")
 
