@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,16 +158,21 @@ def _steps(facts: Mapping[str, Any], derived: Mapping[str, Any]) -> str:
     return f"{done:,} of {asked:,}" if isinstance(done, int) else f"{asked:,}"
 
 
+def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that all parts of a run trained: a process counts from its own start, so they fall where one resumed."""
+    seconds = [float(row["seconds"]) for row in rows if isinstance(row.get("seconds"), int | float)]
+    ends = [one for one, following in pairwise([*seconds, 0.0]) if following < one]
+    return sum(ends)
+
+
 def _time(run: RunFolder) -> str:
-    seconds = [row["seconds"] for row in run.rows if isinstance(row.get("seconds"), int | float)]
+    seconds = training_seconds(run.rows)
     started = str(run.facts.get("started") or "")
     try:
         words = f"from {datetime.fromisoformat(started):%Y-%m-%d %H:%M} UTC"
     except ValueError:
         words = ""
-    return ", ".join(
-        part for part in (f"{duration(seconds[-1])} of training" if seconds else "", words) if part
-    )
+    return ", ".join(part for part in (f"{duration(seconds)} of training" if seconds else "", words) if part)
 
 
 def _hardware(facts: Mapping[str, Any], hardware: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from fdkit.report.drawing import with_pictures
 from fdkit.report.page import render_page
-from fdkit.report.run_sections import MAX_ROWS, facts_of, read_run, run_sections
+from fdkit.report.run_sections import MAX_ROWS, facts_of, read_run, run_sections, training_seconds
 
 FACTS = {
     "state": "done",
@@ -122,3 +122,10 @@ def test_two_runs_have_their_names_in_the_headings(tmp_path):
         "What was run: b",
         "Training: b",
     ]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts() -> None:
+    assert training_seconds([]) == 0
+    assert training_seconds([{"step": 0}, {"seconds": 2.0}, {"seconds": 5.0}]) == 5
+    resumed = [{"seconds": 2.0}, {"seconds": 5.0}, {"seconds": 1.5}, {"seconds": None}, {"seconds": 4.0}]
+    assert training_seconds(resumed) == 9
