@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TIMED = {"images_per_second", "data_wait_ratio", "seconds"}
+TIMED = {"images_per_second", "data_wait_ratio", "seconds", "teacher_cache_read"}
+"""What may differ: times, and how much of the cache was there already when steps were done again."""
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1")
 AT_A_CHANGE, IN_A_CHECKPOINT, TWICE = "at a change", "in a checkpoint", "twice in a checkpoint"
 KINDS = (*SIGNALS, AT_A_CHANGE, IN_A_CHECKPOINT, TWICE)
