@@ -120,7 +120,10 @@ def plant(fault: Fault) -> Callable[[], None]:
                 with _loss_times(self.method, fault.value):
                     return update(self, batch)
             if fault.place == "gradient":
-                handle = self.parameters[-1].register_hook(lambda gradient: gradient * fault.value)
+                among = self.parameters[
+                    len(self.parameters) // 2
+                ]  # first and last ones are frozen in some methods
+                handle = among.register_hook(lambda gradient: gradient * fault.value)
                 verdicts = update(self, batch)
                 handle.remove()
                 return verdicts
@@ -155,7 +158,8 @@ class _loss_times:  # noqa: N801  # used as a function
 
 def _one_pixel(view: Tensor, value: float) -> Tensor:
     changed = view.clone()
-    changed[0, 0, 0, 0] = value
+    if changed.is_floating_point():  # masks are whole numbers
+        changed[0, 0, 0, 0] = value
     return changed
 
 
@@ -181,7 +185,8 @@ def spoiled_by(trainer: Any, place: Place) -> list[Tensor]:
         states = trainer.optimizer.state.values()
         return [state[key] for state in states for key in keys if isinstance(state.get(key), Tensor)]
     if place == "queue":
-        return [value for name, value in method.named_buffers() if "queue" in name and value.numel()]
+        buffers = [value for name, value in method.named_buffers() if "queue" in name]
+        return [value for value in buffers if value.is_floating_point() and value.numel()]
     student = {id(parameter) for parameter in trainer.parameters}
     return [
         method.state_dict(keep_vars=True)[name]
