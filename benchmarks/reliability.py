@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,8 +97,9 @@ def main() -> None:
         return
     report = read(arguments.output)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = pool.map(lambda name: (name, run(name, arguments.share, arguments.seed)), arguments.only)
-        for name, result in results:
+        runs = {pool.submit(run, name, arguments.share, arguments.seed): name for name in arguments.only}
+        for done in as_completed(runs):
+            name, result = runs[done], done.result()
             print(f"{name}: {sentence(result)}", flush=True)
             report["trials"][name] = result
             report["environment"] = environment()
@@ -137,7 +138,7 @@ def run(name: str, share: float, seed: int) -> dict[str, Any]:
         "seconds": seconds,
         "commit": commit,
     }
-    return known | result
+    return result | known
 
 
 def run_here(trial: Trial, share: float, seed: int) -> dict[str, Any]:
