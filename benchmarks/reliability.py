@@ -84,7 +84,7 @@ TRIALS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS))
+    parser.add_argument("--only", nargs="*", default=list(TRIALS), help="none: the page alone")
     parser.add_argument("--share", type=float, default=1.0, help="of the full amounts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time, each of one core")
@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="a page between whose marks the figures are put")
     parser.add_argument("--run", choices=TRIALS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if unknown := set(arguments.only) - TRIALS.keys():
+        parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(TRIALS)}")
     if arguments.run:
         print(json.dumps(run_here(TRIALS[arguments.run], arguments.share, arguments.seed)))
         return

@@ -27,6 +27,8 @@ MAX_LABEL_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 """Of a long name, or of one member's PAX records."""
 MAX_LABEL = (1 << 31) - 1
+MAX_OFFSET = (1 << 63) - 1
+"""The last byte that any file can have."""
 NO_LABEL = -1
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _VERSION = 1
@@ -163,6 +165,8 @@ def _members(path: Path, descriptor: int) -> Iterator[tarfile.TarInfo]:
             archive.firstmember = None
             while member is not None:
                 last = member.name
+                if not 0 <= member.size <= MAX_OFFSET - member.offset_data:
+                    raise tarfile.ReadError(f"a member of {member.size:,} bytes")
                 yield member
                 member = archive.next()
                 archive.members.clear()  # else every header stays in memory

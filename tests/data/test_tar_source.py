@@ -402,3 +402,16 @@ def test_a_long_search_is_announced_once(
     monkeypatch.setattr("fdkit.data.tar_source.SECONDS_WITHOUT_A_WORD", -1)
     open_source(str(tmp_path))
     assert [message.startswith("listing what is in 4 .tar files") for message in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("name", ["a.cls", "a.json", "a.png"])
+@pytest.mark.parametrize("size", [-1, -600, -(1 << 70), 1 << 70])
+def test_members_of_impossible_sizes_are_refused(name: str, size: int, tmp_path: Path) -> None:
+    member = tarfile.TarInfo(name)
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "one.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(DataError, match="damaged or cut short"):
+        open_source(str(tmp_path / "one.tar"), "all")
