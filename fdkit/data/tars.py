@@ -26,7 +26,8 @@ BLOCK = 512
 MAX_LABEL_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 20
 """Of a long name, or of one member's PAX records."""
-MAX_LABEL = (1 << 31) - 1
+MAX_LABEL = 999_999
+"""The largest number of a class: all below it have a name, and a damaged one would make two thousand million."""
 MAX_OFFSET = (1 << 63) - 1
 """The last byte that any file can have."""
 NO_LABEL = -1
@@ -243,7 +244,7 @@ class _Found:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_LABEL:
             raise DataError(
                 f"{where}: label {printable(str(value)[:40])!r} is no class number",
-                "classes are numbered from 0; class names come from folders, or from `fdkit pack`",
+                f"classes are numbered from 0 to {MAX_LABEL:,}; class names come from folders, or from `fdkit pack`",
             )
         return value
 

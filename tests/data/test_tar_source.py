@@ -415,3 +415,13 @@ def test_members_of_impossible_sizes_are_refused(name: str, size: int, tmp_path:
     (tmp_path / "one.tar").write_bytes(bytes(header) + bytes(1024))
     with pytest.raises(DataError, match="damaged or cut short"):
         open_source(str(tmp_path / "one.tar"), "all")
+
+
+def test_a_label_beyond_all_classes_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "one.tar", "w") as archive:
+        for name, content in (("a.png", b"no image"), ("a.cls", b"1000000")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(DataError, match="label '1000000' is no class number"):
+        open_source(f"wds:{tmp_path / 'one.tar'}", "all")
