@@ -1,5 +1,4 @@
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,6 @@ from fdkit.cli import main
 TINY = ["--teacher", "timm:vit_tiny_patch16_224", "--pretrained", "false", "--image-size", "32", "--data", "digits",
         "--views.image-size", "32", "--train.batch-size", "8", "--train.epochs", "0.012",
         "--optim.warmup-epochs", "0.006", "--student.depth", "2", "--loader.workers", "0"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    logging.getLogger("fdkit").handlers.clear()  # the handler holds the standard error of the test before
 
 
 def run(*arguments: str) -> int:

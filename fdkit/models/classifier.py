@@ -115,7 +115,7 @@ def _build(backbone: Backbone, args: dict[str, Any]) -> Backbone:
     except ConfigError as error:
         if "drop_path_rate" in error.message:
             hint = "a model without stochastic depth needs --supervised.drop-path 0"
-            raise ConfigError(error.message, error.hint or hint) from error
+            raise ConfigError(error.message, hint) from error
         raise
 
 
