@@ -34,6 +34,7 @@ from fdkit.data.packed import MANIFEST, UNFINISHED
 from fdkit.data.sources import ImageSource, open_source, splits_of
 from fdkit.data.views import CropConfig, RandomCrop
 from fdkit.errors import DataError, OutputError, ResourceError
+from fdkit.training.run_files import set_aside
 
 log = logging.getLogger("fdkit")
 
@@ -144,11 +145,8 @@ def _require_same_plan(plan_file: Path, plan: dict[str, Any]) -> None:
 
 
 def _move_away(folder: Path) -> None:
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
     with _held(folder):
-        folder.rename(aside)
+        aside = set_aside(folder, "old")
     log.info("--overwrite: what was packed in %s is now in %s", folder, aside)
 
 

@@ -29,6 +29,7 @@ from fdkit.errors import FdkitError, OutputError, ResourceError, WeightsError
 from fdkit.teachers.run_checkpoint import MANIFEST_FILE, damage_of, sha256_now, step_of
 from fdkit.teachers.shards import SHARDS_FILE, Rows, part_name, read_group
 from fdkit.training.distributed import World, gather
+from fdkit.training.run_files import set_aside
 
 log = logging.getLogger("fdkit")
 
@@ -299,10 +300,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _set_aside(path: Path, damage: str) -> None:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
-        number += 1
-    path.rename(aside)
+    aside = set_aside(path)
     log.warning("checkpoint %s is damaged (%s); set aside as %s", path.name, damage, aside.name)
 
 

@@ -44,6 +44,7 @@ from fdkit.training.run_files import (
     read_metrics,
     read_status,
     refuse_a_third_time,
+    set_aside,
 )
 
 __all__ = ["Run", "check_unchanged", "environment", "error_text", "read_metrics"]
@@ -403,13 +404,12 @@ def _move_away(folder: Path) -> None:
     holder = Run(folder, "", resumed=True, writes=True)
     holder._acquire()
     holder._release()
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
     try:
-        folder.rename(aside)
+        aside = set_aside(folder, "old")
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be moved to {aside.name}: {error.strerror}") from error
+        raise OutputError(
+            f"{folder}: cannot be moved aside: {error.strerror}", "choose another --output"
+        ) from error
     log.info("--overwrite: the run that was in %s is now in %s", folder, aside)
 
 

@@ -86,10 +86,10 @@ def refuse_a_third_time(facts: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file to NAME.corrupt-N; its new path."""
+def set_aside(path: Path, word: str = "corrupt") -> Path:
+    """Rename a file or folder to NAME.WORD-N, with the first N that is free; its new path."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+    while (aside := path.with_name(f"{path.name}.{word}-{number}")).exists():
         number += 1
     path.rename(aside)
     return aside
