@@ -218,17 +218,20 @@ def newest_sound(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, rows: Mapping[str, Mapping[str, Rows]] | None = None) -> Checkpoint:
-    """The content of a sound checkpoint. Raises WeightsError naming a tensor of the model that holds NaN.
+    """The content of a sound checkpoint. Raises WeightsError naming a tensor of the model or optimiser that
+    holds NaN or infinity.
 
     rows: by group and name, the rows that are wanted of tensors, instead of all.
     """
     groups = {file.name.partition(".")[0].partition("-0")[0] for file in path.glob("*.safetensors")}
     tensors = {group: read_group(path, group, (rows or {}).get(group)) for group in sorted(groups)}
-    for name, value in tensors.get("model", {}).items():
-        if value.is_floating_point() and value.isnan().any():
-            raise WeightsError(
-                f"{path}: {name} holds NaN", "remove this checkpoint to continue from an older one"
-            )
+    for group in ("model", "optimizer"):
+        for name, value in tensors.get(group, {}).items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise WeightsError(
+                    f"{path}: {name} of {group}.safetensors holds NaN or infinity",
+                    "remove this checkpoint to continue from an older one",
+                )
     try:
         return Checkpoint(tensors, read_object(path / STATE_FILE))
     except (OSError, ValueError) as error:

@@ -1,7 +1,6 @@
 """All that a run needs to go on: the method, its optimiser and the random generators, into a checkpoint and back."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,7 +96,6 @@ class TrainingState:
                 f"{path}: written with another seed or other images than this run's",
                 "resume with those it was written with, or choose another --output",
             )
-        _refuse_not_finite(tensors, path)
         self._load_model(tensors["model"], origin=str(path))
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         num_processes = len(state["windows"])
@@ -151,16 +149,6 @@ class TrainingState:
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(tensors[name])
-
-
-def _refuse_not_finite(tensors: dict[str, dict[str, Tensor]], path: Path) -> None:
-    for group in ("model", "optimizer"):
-        for name, value in tensors.get(group, {}).items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise WeightsError(
-                    f"{path}: {name} of {group}.safetensors holds NaN or infinity",
-                    "remove this checkpoint to continue from an older one",
-                )
 
 
 def _here(state: dict[str, Any]) -> dict[str, Tensor]:

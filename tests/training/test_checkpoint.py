@@ -164,5 +164,5 @@ def test_files_take_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
 def test_nan_in_a_saved_model_is_refused_by_name(tmp_path: Path) -> None:
     bad = Checkpoint({"model": {"head.weight": torch.tensor([1.0, float("nan")])}}, {"step": 1})
     path = save_checkpoint(tmp_path, 1, bad, keep=1)
-    with pytest.raises(WeightsError, match=r"head\.weight holds NaN"):
+    with pytest.raises(WeightsError, match=r"head\.weight of model.safetensors holds NaN"):
         load_checkpoint(path)
