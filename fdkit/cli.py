@@ -345,15 +345,21 @@ class _Prefix(PlainFormatter):
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 
+class _ToStderr(logging.StreamHandler):
+    """Writes to what standard error is at the moment: another call in this process may have replaced it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _log_to_stderr() -> None:
     logger = logging.getLogger("fdkit")
-    for handler in logger.handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.stream = sys.stderr  # which another call in this process may have replaced
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setLevel(logging.INFO)  # a run's log file takes more
-        handler.setFormatter(_Prefix("%(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    if any(isinstance(handler, _ToStderr) for handler in logger.handlers):
+        return  # an earlier call in this process; handlers of others stay beside it
+    handler = _ToStderr()
+    handler.setLevel(logging.INFO)  # a run's log file takes more
+    handler.setFormatter(_Prefix("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,6 +1,5 @@
 """What every test shares: one thread, no network, and the real data where it is at hand."""
 
-import logging
 import os
 from pathlib import Path
 
@@ -26,13 +25,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    """A command that a test before called has left a handler that writes to that test's standard error."""
-    log = logging.getLogger("fdkit")
-    log.handlers[:] = [one for one in log.handlers if type(one) is not logging.StreamHandler]
 
 
 @pytest.fixture(scope="session")

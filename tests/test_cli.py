@@ -1,4 +1,7 @@
+import io
 import json
+import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,3 +177,20 @@ def test_of_several_processes_one_says_what_was_found(
         monkeypatch.setenv("RANK", rank)
         assert run("teachers", "dino_vits") == 0
         assert ("dino_vits" in capsys.readouterr().out) == wanted
+
+
+def test_each_call_logs_once_to_the_standard_error_it_finds_whoever_else_listens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log, heard = logging.getLogger("fdkit"), io.StringIO()
+    other = logging.StreamHandler(heard)
+    monkeypatch.setattr(log, "handlers", [other])  # of a program that calls commands
+    for _ in range(2):
+        error = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", error)
+        with pytest.raises(SystemExit):
+            main(["teachers"])
+        log.warning("kept apart")
+        assert error.getvalue().count("warning: kept apart") == 1
+        error.close()
+    assert heard.getvalue().count("kept apart") == 2

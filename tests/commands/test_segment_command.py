@@ -1,7 +1,6 @@
 """`fdkit segment` as a user types it: what a run leaves behind, what is refused, and how it goes on."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,6 @@ from tests.segmentation_folders import scene, write_pair, write_scenes
 
 SHORT = ["--train.epochs", "3", "--train.batch-size", "4", "--optim.warmup-epochs", "0.5", "--optim.lr", "2e-2",
          "--train.log-every-steps", "2", "--device", "cpu"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    logging.getLogger("fdkit").handlers.clear()  # the handler holds the standard error of the test before
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 import json
-import logging
 import shlex
 import subprocess
 import sys
@@ -12,11 +11,6 @@ from fdkit.commands._flags import parse_flags
 from fdkit.commands.distill import DistillConfig
 from fdkit.commands.teachers import command_for
 from fdkit.teachers.catalog import CATALOG
-
-
-@pytest.fixture(autouse=True)
-def _fresh_log() -> None:
-    logging.getLogger("fdkit").handlers.clear()  # the handler holds the standard error of the test before
 
 
 def run(*arguments: str) -> int:
