@@ -1,6 +1,6 @@
 """`fdkit analyze attention-distance MODEL [MODEL ...] --data PATH`: what differs between models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -128,10 +128,12 @@ def run(config: Any) -> Outcome:
     folder = config.output or default_output(config.analysis)
     files = {name: files_of(folder, name) for name in names}
     refuse_existing([path for paths in files.values() for path in paths.values()], overwrite=config.overwrite)
-    found = (_follow if config.analysis == TRAJECTORY else _compare)(config)
+    observe = _Observer(config)
+    found = (_follow if config.analysis == TRAJECTORY else _compare)(config, observe)
     facts = {
         "command": config.model_dump(mode="json"),
         "command_line": command_line(config, "analyze", config.analysis),
+        "identities": observe.identities,
     }
     numbers = {name: save(folder, name, analysis, facts) for name, analysis in found.items()}
     only = numbers[names[0]] if len(names) == 1 else numbers
@@ -149,20 +151,18 @@ def _files_made(config: Any) -> list[str]:
     return [f"{TRAJECTORY}-{name}" for name in config.of]
 
 
-def _compare(config: Any) -> dict[str, Analysis]:
+def _compare(config: Any, observe: "_Observer") -> dict[str, Analysis]:
     """The analyses of all models together."""
-    names = members(config.analysis)
-    observe, shown_names = _observer(config, names), config.shown_names()
+    names, shown_names = members(config.analysis), config.shown_names()
     observed = [observe(model, name) for model, name in zip(config.model, shown_names, strict=True)]
     fields = _own_fields(config.analysis).model_fields
     values = {key: getattr(config, key) for key in fields}
     return perform(names, observed, lambda name: own_config(name, values))
 
 
-def _follow(config: Any) -> dict[str, Analysis]:
+def _follow(config: Any, observe: "_Observer") -> dict[str, Analysis]:
     """Each analysis along the checkpoints of the runs."""
     runs, names = [Path(model) for model in config.model], config.shown_names()
-    observe = _observer(config, config.of)
     fields = {"num_images": config.num_images, "batch_size": config.batch_size, "seed": config.seed}
     return {
         f"{TRAJECTORY}-{name}": along_checkpoints(
@@ -172,17 +172,25 @@ def _follow(config: Any) -> dict[str, Analysis]:
     }
 
 
-def _observer(config: Any, names: Sequence[str]) -> Callable[[str, str], Observed]:
-    """What loads a MODEL and gives it, under a name, with the images that these analyses read."""
-    device = local_device(config.device)
-    source = open_source(config.data, config.split)
-    keep_head = needs_head(names)
+class _Observer:
+    """Loads a MODEL and gives it, under a name, with the images that the analyses read."""
 
-    def observe(model: str, name: str) -> Observed:
-        loaded = config.load(model, seed=config.seed, keep_head=keep_head).to(device)
-        return observe_on(name, loaded, source, config.loader, batch_size=config.batch_size, seed=config.seed)
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.device = local_device(config.device)
+        self.source = open_source(config.data, config.split)
+        self.keep_head = needs_head(config.of if config.analysis == TRAJECTORY else members(config.analysis))
+        self.identities: list[dict[str, Any]] = []
+        """Which weights were loaded, with their checksums, in order and each once."""
 
-    return observe
+    def __call__(self, model: str, name: str) -> Observed:
+        config = self.config
+        loaded = config.load(model, seed=config.seed, keep_head=self.keep_head).to(self.device)
+        if (identity := loaded.identity()) not in self.identities:
+            self.identities.append(identity)
+        return observe_on(
+            name, loaded, self.source, config.loader, batch_size=config.batch_size, seed=config.seed
+        )
 
 
 def _module(name: str) -> ModuleType:

@@ -18,15 +18,17 @@ from fdkit.commands._story import Measured, Story, write_story
 from fdkit.config import Config
 from fdkit.data.loader import LoaderConfig
 from fdkit.data.sources import ImageSource, open_source
-from fdkit.data.subset import Subset, held_out
+from fdkit.data.subset import Subset
 from fdkit.errors import ConfigError, DataError, OutputError
 from fdkit.evaluation import knn, linear
+from fdkit.evaluation._draws import validation_split
 from fdkit.evaluation.features import Features, extract_features, raw_pixels
 from fdkit.models.student import build_student
 from fdkit.teachers.loading import load_teacher
 from fdkit.teachers.teacher import Teacher
 from fdkit.training.distributed import local_device
 from fdkit.training.progress import duration
+from fdkit.training.run_files import set_aside
 
 HELD_OUT_RATIO = 0.2
 NUM_ANALYZED = 128
@@ -124,9 +126,11 @@ def open_splits(data: str) -> Splits:
     try:
         return Splits(train, open_source(data, "test"), "")
     except DataError:
-        kept, out = held_out(train.labels, HELD_OUT_RATIO)
+        kept, out = validation_split(torch.from_numpy(train.labels), HELD_OUT_RATIO, seed=0)
+        if len(out) == 0:
+            return Splits(None, None, "No class has two images, so there are no accuracies.")
         note = f"There is no test split, so {len(out)} of {len(train)} images were held out from kNN and the probe."
-        return Splits(Subset(train, kept), Subset(train, out), note)
+        return Splits(Subset(train, kept.numpy()), Subset(train, out.numpy()), note)
 
 
 def _claim(config: DemoConfig) -> None:
@@ -136,10 +140,7 @@ def _claim(config: DemoConfig) -> None:
         return
     if not config.overwrite:
         raise OutputError(f"{folder}: holds something already", "use --overwrite, or another --output")
-    number = 1
-    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(old)
+    set_aside(folder, "old")
 
 
 def _teacher(config: DemoConfig, console: Console) -> str:

@@ -1,6 +1,6 @@
 """`fdkit pack PATH --output DIR`: the same images in shards that read faster.
 
-What is finished is never made twice: run again after a stop, the command goes on with the shards that are missing.
+What is whole is never made twice: run again, the command makes the shards that are missing or damaged, if any.
 """
 
 import errno
@@ -48,8 +48,8 @@ SAMPLE_IMAGES = 64
 class PackConfig(Config):
     """Write images into tar shards, large ones made smaller, so that training waits less for them.
 
-    The result is a PATH like any other, with the same classes and splits; WebDataset's readers open it too. After a
-    stop, the same command goes on where it stood.
+    The result is a PATH like any other, with the same classes and splits; WebDataset's readers open it too. Typed
+    again, the same command goes on where it stopped, and makes again what was damaged since.
 
     Example: fdkit pack photos --output photos-256
     """
@@ -109,38 +109,42 @@ def run(config: PackConfig) -> Outcome:
 
 
 def _prepare(folder: Path, plan: dict[str, Any], *, overwrite: bool) -> None:
-    """Make the folder, keep the shards of the same command that stopped, or move away what was packed before."""
-    plan_file = folder / UNFINISHED / "plan.json"
-    is_done, is_begun = (folder / MANIFEST).exists(), plan_file.exists()
+    """Make the folder, keep the shards that the same command wrote, or move away what was packed before."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is there already, and no folder", "choose another --output")
-    if is_done and not overwrite:
-        raise OutputError(
-            f"{folder}: already holds packed images",
-            "use --overwrite (they are moved away), or another --output",
-        )
-    if (is_done or is_begun) and overwrite:
-        _move_away(folder)
-    elif is_begun:
-        _require_same_plan(plan_file, plan)
-        log.info("%s: going on with the shards that are missing", folder)
+    plan_file = folder / UNFINISHED / "plan.json"
+    begun = _plan_there(folder, plan_file)
+    if begun is not None and not overwrite:
+        _require_same_plan(folder, begun, plan)
+        log.info("%s: packed before, in full or in part; shards that are whole are kept", folder)
         return
+    if begun is not None:
+        _move_away(folder)
     elif folder.exists() and any(entry.name != UNFINISHED for entry in folder.iterdir()):
         raise OutputError(f"{folder}: not empty, and not packed images", "choose another --output")
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
     write_json(plan_file, plan)
 
 
-def _require_same_plan(plan_file: Path, plan: dict[str, Any]) -> None:
-    try:
-        begun = read_object(plan_file)
-    except ValueError:
-        begun = {}
+def _plan_there(folder: Path, plan_file: Path) -> dict[str, Any] | None:
+    """What was asked for when the folder was packed, or packing began; {} if that is damaged, None if neither was."""
+    for path in (folder / MANIFEST, plan_file):
+        if path.exists():
+            try:
+                known = read_object(path)
+            except ValueError:
+                return {}
+            plan = known.get("plan") if path.name == MANIFEST else known
+            return plan if isinstance(plan, dict) else {}
+    return None
+
+
+def _require_same_plan(folder: Path, begun: dict[str, Any], plan: dict[str, Any]) -> None:
     other = sorted(name for name in plan.keys() | begun.keys() if plan.get(name) != begun.get(name))
     if other:
         raise OutputError(
-            f"{plan_file.parents[1]}: packing began there with other {', '.join(other)}",
-            "use what was used then, --overwrite to begin anew, or another --output",
+            f"{folder}: holds images packed with other {', '.join(other)}",
+            "use what was used then, --overwrite to pack anew (they are moved away), or another --output",
         )
 
 
@@ -189,7 +193,8 @@ def _write_all(
 ) -> list[dict[str, Any]]:
     """The records of all shards, in order; those that are missing are written first."""
     every = [job for split, source in sources.items() for job in jobs(split, len(source), settings)]
-    records = {job.file: record for job in every if (record := finished(folder, job))}
+    listed = _listed(folder)
+    records = {job.file: record for job in every if (record := finished(folder, job, listed.get(job.file)))}
     missing = [job for job in every if job.file not in records]
     bad = {split: BadImages(source, config.max_bad_ratio) for split, source in sources.items()}
     progress = _Progress(len(every), len(every) - len(missing), sum(len(job.indices) for job in missing))
@@ -205,6 +210,16 @@ def _write_all(
             bad[job.split].add([BadImage(*pair) for pair in record["bad"]])
             progress.show(record["images"])
     return [records[job.file] for job in every]
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest that is there says of each shard, by its file."""
+    try:
+        shards = read_object(folder / MANIFEST).get("shards")
+    except (OSError, ValueError):
+        return {}
+    named = [shard for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
+    return {str(shard.get("file")): shard for shard in named}
 
 
 def _here(
@@ -292,8 +307,7 @@ def _write_manifest(
             f"{folder}: no image could be read, so nothing is packed", "each is named above with its reason"
         )
     classes = max((source.classes for source in sources.values()), key=len)
-    shards = [{key: record[key] for key in ("file", "bytes", "images", "sha256")} for record in records]
-    write_json(folder / MANIFEST, {"classes": list(classes), "shards": shards, "plan": plan})
+    write_json(folder / MANIFEST, {"classes": list(classes), "shards": records, "plan": plan})
     shutil.rmtree(folder / UNFINISHED)
 
 

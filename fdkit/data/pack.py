@@ -23,7 +23,7 @@ from fdkit.data.json_file import read_object
 from fdkit.data.packed import UNFINISHED
 from fdkit.data.sources import ImageSource
 
-VERSION = 1
+VERSION = 2
 
 
 class Settings(NamedTuple):
@@ -71,15 +71,27 @@ def record_path(folder: Path, job: Job) -> Path:
     return folder / UNFINISHED / f"{job.file.replace('/', '-')}.json"
 
 
-def finished(folder: Path, job: Job) -> dict[str, Any] | None:
-    """The record of a shard that is there and has its checksum; None otherwise."""
+def finished(folder: Path, job: Job, listed: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The record of a shard that is there and has its checksum; None otherwise.
+
+    listed: what a manifest that is there says of it.
+    """
     try:
-        record = read_object(record_path(folder, job))
         with (folder / job.file).open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == record.get("sha256")
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+    for record in (_read(record_path(folder, job)), listed):
+        if record is not None and record.get("sha256") == sha256 and _is_record(record, job):
+            return record
+    return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_object(path)
     except (OSError, ValueError):
         return None
-    return record if same and _is_record(record, job) else None
 
 
 def _is_record(record: dict[str, Any], job: Job) -> bool:
@@ -96,7 +108,7 @@ def _is_record(record: dict[str, Any], job: Job) -> bool:
 
 
 def write_shard(source: ImageSource, job: Job, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Write one shard and its record, and give the record: what the manifest says of it, counts, unreadable images.
+    """Write one shard and its record, and give the record, which the manifest will hold: its counts, and what was bad.
 
     Raises OSError if it cannot be written; what was there before under its name stays then.
     """

@@ -18,7 +18,7 @@ class Manifest(NamedTuple):
     classes: tuple[str, ...]
     """Class names, label order; () when unlabelled."""
     shards: tuple[dict[str, Any], ...]
-    """Of each: file, relative to the folder; bytes; images; sha256."""
+    """Of each: file, relative to the folder; bytes; images; sha256. The file says more, for packing again."""
     plan: dict[str, Any]
     """What was asked for."""
 

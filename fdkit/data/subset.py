@@ -51,14 +51,3 @@ class Subset:
     def describe(self, index: int) -> str:
         """What messages call the image."""
         return self.source.describe(int(self.indices[index]))
-
-
-def held_out(labels: np.ndarray, ratio: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (kept, held out), both sorted: about `ratio` of every class, at least one image, is held out."""
-    random = np.random.default_rng(seed)
-    out = [
-        random.permutation(members)[: max(1, round(ratio * len(members)))]
-        for members in (np.flatnonzero(labels == label) for label in np.unique(labels))
-    ]
-    chosen = np.sort(np.concatenate(out))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen

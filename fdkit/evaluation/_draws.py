@@ -25,14 +25,10 @@ def validation_split(labels: Tensor, validation_ratio: float, *, seed: int) -> t
     A class of two or more images gives at least one row to each side; a class of one image is only fitted.
     labels: (N,) int64. The split depends on the labels and the seed alone.
     """
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    by_class = shuffled[labels[shuffled].sort(stable=True).indices]
     counts = torch.bincount(labels)
-    first = counts.cumsum(0) - counts
-    place = torch.arange(len(labels), device=labels.device) - first[labels[by_class]]
     quota = (counts * validation_ratio).round().long().clamp_min(1).minimum(counts - 1)
-    is_validation = place < quota[labels[by_class]]
-    return by_class[~is_validation].sort().values, by_class[is_validation].sort().values
+    is_validation = places(labels, seed) < quota[labels]
+    return (~is_validation).nonzero()[:, 0], is_validation.nonzero()[:, 0]
 
 
 def folds(labels: Tensor, num_folds: int, *, seed: int) -> Tensor:

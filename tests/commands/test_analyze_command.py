@@ -13,6 +13,8 @@ from fdkit.commands._flags import command_line, parse_flags
 from fdkit.commands.analyze import config_class, members
 from fdkit.config import validate
 from fdkit.errors import ConfigError, OutputError
+from fdkit.teachers.files import sha256_of
+from fdkit.teachers.model import DEMO_FOLDER
 
 SMALL = {"num_images": 6, "batch_size": 3, "device": "cpu"}
 
@@ -95,6 +97,14 @@ def test_a_result_remembers_what_made_it(tmp_path):
     assert numbers["command_line"].startswith("fdkit analyze attention-distance demo ")
     assert "--unit patches" in numbers["command_line"]
     assert "--output" not in numbers["command_line"]
+
+
+def test_a_result_names_the_weights_that_were_loaded_by_their_checksums(tmp_path):
+    models, file = ["demo", "demo"], tmp_path / "attention-distance.json"
+    fdkit.analyze("attention-distance", models, data="demo", output=tmp_path, names=("one", "two"), **SMALL)
+    (loaded,) = json.loads(file.read_text())["identities"]
+    assert loaded["sha256"] == sha256_of(DEMO_FOLDER / "student.safetensors")
+    assert (loaded["source"], loaded["license"]) == ("demo", "Apache-2.0")
 
 
 def test_an_analysis_gets_those_fields_that_it_has():

@@ -192,8 +192,8 @@ def test_unreadable_images_are_named_once_and_shift_no_label(
 def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
     a_folder(tmp_path / "in")
     pack(**options(tmp_path))
-    with pytest.raises(OutputError, match=r"already holds packed images\n.*--overwrite"):
-        pack(**options(tmp_path))
+    with pytest.raises(OutputError, match=r"packed with other short_side\n.*--overwrite"):
+        pack(**options(tmp_path, short_side=16))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
@@ -202,6 +202,46 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="and no folder"):
         pack(**options(tmp_path, output=tmp_path / "full" / "thesis.txt"))
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_finished_pack_typed_again_makes_only_what_was_damaged_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_folder(tmp_path / "in")
+    (folder / "train" / "ant.x" / "im.00.jpg").write_bytes(b"<html>")
+    written: list[str] = []
+    write = command.write_shard
+    monkeypatch.setattr(
+        command, "write_shard", lambda s, job, *rest: written.append(job.file) or write(s, job, *rest)
+    )
+
+    def packed() -> dict[str, Any]:
+        numbers = pack(**options(tmp_path))
+        return {name: numbers[name] for name in ("images", "resized", "unreadable", "shards", "bytes_before")}
+
+    first, files = packed(), digests(tmp_path / "out")
+    manifest = (tmp_path / "out" / MANIFEST).read_bytes()
+    assert len(written) == 11
+    assert packed() == first
+    assert len(written) == 11
+    path = tmp_path / "out" / "val" / "shard-00001.tar"
+    path.write_bytes(path.read_bytes()[:-700])
+    (tmp_path / "out" / "train" / "shard-00002.tar").unlink()
+    assert packed() == first
+    assert sorted(written[11:]) == ["train/shard-00002.tar", "val/shard-00001.tar"]
+    assert digests(tmp_path / "out") == files
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == manifest
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MANIFEST, "train", "val"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"plan": 3}', '{"shards": 1, "plan": {}}'])
+def test_a_damaged_manifest_is_no_plan_to_go_on_with(tmp_path: Path, content: str) -> None:
+    a_folder(tmp_path / "in")
+    pack(**options(tmp_path))
+    (tmp_path / "out" / MANIFEST).write_text(content)
+    with pytest.raises(OutputError, match=r"packed with other .*\n.*--overwrite"):
+        pack(**options(tmp_path))
+    assert pack(**options(tmp_path, overwrite=True))["images"] == 29
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

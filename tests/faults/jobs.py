@@ -144,7 +144,7 @@ def pack(*further: str) -> Job:
         ]
         return {str(path.relative_to(folder)): digest(path.read_bytes()) for path in paths}
 
-    return Job(f"pack {' '.join(further)}".strip(), commands, (), result, over="already holds packed images")
+    return Job(f"pack {' '.join(further)}".strip(), commands, (), result, is_quick=True)
 
 
 def cached_distillations() -> Job:
