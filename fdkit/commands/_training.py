@@ -21,7 +21,8 @@ from fdkit.report.training_curves import training_figure
 from fdkit.teachers.origin import pinned, recorded_revisions
 from fdkit.training.agreement import require_agreed_teachers, require_same_images
 from fdkit.training.distributed import broadcast, local_device, process_group
-from fdkit.training.loop import Monitor, TrainConfig, train
+from fdkit.training.loop import TrainConfig, train
+from fdkit.training.monitor import Monitor
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.run import Run
 

@@ -34,7 +34,8 @@ from fdkit.teachers.teacher import Teacher
 from fdkit.training.agreement import require_agreed_teachers
 from fdkit.training.distributed import broadcast, current_world, local_device, process_group
 from fdkit.training.export import export_student
-from fdkit.training.loop import Monitor, TrainConfig
+from fdkit.training.loop import TrainConfig
+from fdkit.training.monitor import Monitor
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.run import Run
 

@@ -53,7 +53,8 @@ from fdkit.training.distributed import (
     process_group,
     wait_for_all,
 )
-from fdkit.training.loop import Monitor, TrainConfig
+from fdkit.training.loop import TrainConfig
+from fdkit.training.monitor import Monitor
 from fdkit.training.optimizer import OptimizerConfig
 from fdkit.training.plan import choose_precision
 from fdkit.training.run import Run

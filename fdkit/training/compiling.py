@@ -14,6 +14,7 @@ from fdkit.models.backbone import Backbone
 from fdkit.models.regions import compile_blocks
 from fdkit.models.regions import repeated_blocks as repeated_blocks
 from fdkit.models.stochastic_depth import buffer_drop_rates
+from fdkit.training.run import Run
 
 log = logging.getLogger("fdkit")
 
@@ -60,6 +61,27 @@ def compilation_facts() -> dict[str, Any]:
                 breaks[first] = breaks.get(first, 0) + int(count)
     graphs = int(counters["stats"].get("unique_graphs", 0)) if "stats" in counters else 0
     return {"graphs": graphs, "graph_breaks": breaks, "limit_hit": limit_hit}
+
+
+class Compilations:
+    """What the compiler makes of a run's blocks from here on, and what it does not: said once."""
+
+    def __init__(self, run: Run, *, is_wanted: bool) -> None:
+        self._run = run
+        self._is_wanted = is_wanted
+        self._told = False
+        forget_compilations()
+
+    def tell(self) -> None:
+        """Write it into run.json, and warn of what was not compiled, at the first call."""
+        if self._told:
+            return
+        self._told = True
+        facts = compilation_facts()
+        if facts["graphs"] or facts["limit_hit"] or self._is_wanted:  # or of a teacher alone
+            self._run.update(compile=facts)
+        if self._run.writes:
+            warn_of_compilation(facts)
 
 
 def warn_of_compilation(facts: dict[str, Any]) -> None:

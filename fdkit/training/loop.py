@@ -9,8 +9,8 @@ number of threads.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn, Protocol
+from contextlib import ExitStack
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from fdkit.training.activations import spare_memory
 from fdkit.training.agreement import require_same_images
 from fdkit.training.bad_steps import MOST_REPORTS, BadSteps, BufferGuard
 from fdkit.training.checkpoint import list_steps
-from fdkit.training.compiling import compilation_facts, forget_compilations, warn_of_compilation
+from fdkit.training.compiling import Compilations
 from fdkit.training.distributed import (
     World,
     broadcast,
@@ -42,6 +42,7 @@ from fdkit.training.failures import explained_failures, not_finite, not_saved
 from fdkit.training.generators import deterministic_kernels, seed_generators, undisturbed_generators
 from fdkit.training.gradients import clip_gradients, first_matrix
 from fdkit.training.health import Health
+from fdkit.training.monitor import Monitor
 from fdkit.training.optimizer import OptimizerConfig, build_optimizer, trained_parameters
 from fdkit.training.parallel import parallel
 from fdkit.training.plan import Plan, TrainConfig, describe_plan, duration_of, make_plan
@@ -52,19 +53,9 @@ from fdkit.training.state import TrainingState
 from fdkit.training.stop import StopRequest
 from fdkit.training.votes import Verdict, Votes, Window
 
-__all__ = ["Monitor", "TrainConfig", "train"]
+__all__ = ["TrainConfig", "train"]
 
 log = logging.getLogger("fdkit")
-
-
-class Monitor(Protocol):
-    """Something measured now and then during training, such as online kNN accuracy; rank 0 calls it."""
-
-    every_steps: int
-
-    def __call__(self, method: Method, step: int) -> dict[str, float]:
-        """Named numbers for metrics.jsonl; may switch modules to eval and draw from torch's generators."""
-        ...
 
 
 def train(
@@ -147,7 +138,7 @@ class Trainer:
         self.health = Health(
             plan.steps_per_epoch, can_freeze=projection is not None and projection.weight.requires_grad
         )
-        forget_compilations()
+        self.compilations = Compilations(run, is_wanted=train.compile)
         self.parallel = parallel(
             method,
             world,
@@ -171,7 +162,6 @@ class Trainer:
         self.guard = BufferGuard(method)
         self.state = TrainingState(method, self.optimizer, self.shards, world, device)
         run.update(parallel=self.parallel.kind)
-        self.told_of_compilation = False
         self._last_save = time.monotonic()
 
     def update(self, batch: Batch) -> list[Verdict]:
@@ -336,24 +326,14 @@ class Trainer:
             progress.show(self.step, values, eta_seconds=eta)
         if "loss" in values:
             warn(self.health.logged(self.step, values, kept=self.last_good_checkpoint()))
-        self.tell_of_compilation()
-
-    def tell_of_compilation(self) -> None:
-        """Say once, when the first lines are logged, what the compiler made of the blocks, and what it did not."""
-        if not self.told_of_compilation:
-            self.told_of_compilation = True
-            facts = compilation_facts()
-            if facts["graphs"] or facts["limit_hit"] or self.config.compile:  # or of a teacher alone
-                self.run.update(compile=facts)
-            if self.world.is_main:
-                warn_of_compilation(facts)
+        self.compilations.tell()
 
     def measure(self, monitor: Monitor, progress: Progress) -> None:
         """Log what a monitor finds; training goes on as if it had not been called, unless it has collapsed."""
         mark(self.step, "measuring" if self.world.is_main else "waiting for rank 0")
         start = time.perf_counter()
         found: dict[str, float] = {}
-        with self.whole() as whole:
+        with self.parallel.whole(self.method) as whole:
             if self.world.is_main:
                 with undisturbed_generators(self.device):
                     found = monitor(whole, self.step)
@@ -427,15 +407,6 @@ class Trainer:
         # Anew begins also a run that was killed before it saved anything, and had logged step 0.
         begins_anew = found is None
         self.run.forget_metrics_after(-1 if begins_anew else self.step)
-
-    @contextmanager
-    def whole(self) -> Iterator[Method]:
-        """The method with all its weights, on rank 0, to be read; every process takes part."""
-        if self.shards is None:
-            yield self.method
-        else:
-            with self.shards.whole() as whole:
-                yield whole
 
     def hear(self, verdicts: list[Verdict], metrics: dict[str, Tensor]) -> None:
         """Count the steps that were not finite, whose update was not made; all processes call this.

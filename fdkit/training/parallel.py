@@ -39,6 +39,15 @@ class Parallel(NamedTuple):
         with self.module.no_sync():
             yield
 
+    @contextmanager
+    def whole(self, method: Method) -> Iterator[Method]:
+        """The method with all its weights, on rank 0, to be read; every process takes part."""
+        if self.shards is None:
+            yield method
+            return
+        with self.shards.whole() as whole:
+            yield whole
+
     @property
     def kind(self) -> str:
         """What run.json says: fsdp, ddp, or one process."""

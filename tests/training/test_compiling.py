@@ -202,7 +202,7 @@ def test_a_run_says_what_was_compiled_of_a_teacher_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, graphs: int
 ) -> None:
     facts = {"graphs": graphs, "graph_breaks": {"a print": 2} if graphs else {}, "limit_hit": False}
-    monkeypatch.setattr("fdkit.training.loop.compilation_facts", lambda: facts)
+    monkeypatch.setattr("fdkit.training.compiling.compilation_facts", lambda: facts)
     train_toy(tmp_path / "run")
     said = json.loads((tmp_path / "run" / "run.json").read_text()).get("compile")
     assert said == (facts if graphs else None)
