@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-long lint types format browser demo-teacher clean
+.PHONY: demo test test-fast test-slow test-long lint types format browser demo-teacher clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fdkit demo --output runs/demo --overwrite
@@ -13,6 +13,9 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not distributed and not long"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto -m "slow and not long"
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto -m long --timeout 1800

@@ -1,5 +1,6 @@
 """What every test shares: one thread, no network, and the real data where it is at hand."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log() -> None:
+    """The log as a program finds it that has called no command: pytest hears it, and nobody else."""
+    log = logging.getLogger("fdkit")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
 
 
 @pytest.fixture(scope="session")
