@@ -38,6 +38,8 @@ from fdkit.training.run_files import set_aside
 
 log = logging.getLogger("fdkit")
 
+PLAN = "plan.json"
+"""In the folder of what is known of finished shards: what was asked for."""
 LINE_EVERY_SECONDS = 15.0
 SECONDS_TO_ANSWER = 0.2
 """How long SIGTERM may wait while shards are written."""
@@ -112,8 +114,7 @@ def _prepare(folder: Path, plan: dict[str, Any], *, overwrite: bool) -> None:
     """Make the folder, keep the shards that the same command wrote, or move away what was packed before."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is there already, and no folder", "choose another --output")
-    plan_file = folder / UNFINISHED / "plan.json"
-    begun = _plan_there(folder, plan_file)
+    begun = _plan_there(folder)
     if begun is not None and not overwrite:
         _require_same_plan(folder, begun, plan)
         log.info("%s: packed before, in full or in part; shards that are whole are kept", folder)
@@ -123,12 +124,12 @@ def _prepare(folder: Path, plan: dict[str, Any], *, overwrite: bool) -> None:
     elif folder.exists() and any(entry.name != UNFINISHED for entry in folder.iterdir()):
         raise OutputError(f"{folder}: not empty, and not packed images", "choose another --output")
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    write_json(plan_file, plan)
+    write_json(folder / UNFINISHED / PLAN, plan)
 
 
-def _plan_there(folder: Path, plan_file: Path) -> dict[str, Any] | None:
+def _plan_there(folder: Path) -> dict[str, Any] | None:
     """What was asked for when the folder was packed, or packing began; {} if that is damaged, None if neither was."""
-    for path in (folder / MANIFEST, plan_file):
+    for path in (folder / MANIFEST, folder / UNFINISHED / PLAN):
         if path.exists():
             try:
                 known = read_object(path)

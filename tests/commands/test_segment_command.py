@@ -58,8 +58,8 @@ def test_a_run_leaves_backbone_head_numbers_and_a_figure(
     }  # fmt: skip
     assert numbers["data"]["num_images"] == 3
     assert numbers["command"]["segmentation"]["freeze"] is True
-    figure = Image.open(folder / "figures" / "segmentation.png")
-    assert figure.width == 1440
+    with Image.open(folder / "figures" / "segmentation.png") as figure:
+        assert figure.width == 1440
     before, after = (load_teacher(name).backbone.network.state_dict() for name in ("demo", str(folder)))
     assert all(torch.equal(value, before[name]) for name, value in after.items()), "the backbone was frozen"
     heads = safetensors.torch.load_file(folder / "heads.safetensors")

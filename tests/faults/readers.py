@@ -71,7 +71,8 @@ def all_readers(run: Path) -> list[Reader]:
         Reader("tar archives", make_archives, ("*.tar",), read_archives, 3),
         Reader("kept index of an archive", make_index, ("cache/tars/*.npz",), read_archives, 1.5),
         Reader("manifest of packed images", make_pack, ("packed/fdkit-pack.json",), read_packed, 1.5),
-        Reader("records of packing", make_pack, ("packed/.packing/*.json",), read_packing, 1.5),
+        Reader("manifest, packed again", make_pack, ("packed/fdkit-pack.json",), partial(read_packing, "packed"), 1),
+        Reader("records of packing", make_pack, ("packing/.packing/*.json",), partial(read_packing, "packing"), 1.5),
         Reader("teacher cache: records", make_feature_cache, ("records-*", "journal-*"), read_features, 2, True),
         Reader("evaluation store", make_store, ("cache/*/*.json", "cache/*/*8", "cache/*/*32"), read_store, 1.5, True),
         Reader("checkpoints", make_checkpoint, (f"{checkpoint}*",), read_checkpoints, 1.5, True),
@@ -118,16 +119,18 @@ def read_packed(folder: Path) -> None:
     _read_all(open_source(str(folder / "packed"), split="train"))
 
 
-def read_packing(folder: Path) -> None:
-    """As `fdkit pack` does where it stopped before; a record that is believed is the one that was written."""
-    from fdkit.commands.pack import _require_same_plan
+def read_packing(name: str, folder: Path) -> None:
+    """As `fdkit pack` does where something was packed into `name`; a record that is believed is the one that was written."""
+    from fdkit.commands.pack import _listed, _plan_there, _require_same_plan
     from fdkit.data.pack import Job, finished
 
-    packed = folder / "packed"
-    record = finished(packed, Job("shard-00000.tar", "all", np.arange(4)))
+    job = Job("shard-00000.tar", "all", np.arange(4))
+    record = finished(folder / name, job, _listed(folder / name).get(job.file))
     if record is not None:
-        assert all(isinstance(record[name], int) for name in ("bytes", "images", "resized"))
-    _require_same_plan(packed / ".packing" / "plan.json", {"seed": 3, "short_side": 20})
+        assert all(isinstance(record[count], int) for count in ("bytes", "images", "resized"))
+    begun = _plan_there(folder / name)
+    assert begun is not None
+    _require_same_plan(folder, begun, {"seed": 3, "short_side": 20})
 
 
 def read_features(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ def make_index(folder: Path) -> None:
 
 
 def make_pack(folder: Path) -> None:
-    """Packed images, and the records of a packing that is not done."""
+    """Packed images, and beside them the shard and the records of a packing that is not done."""
     from fdkit.data.pack import Job, Settings, write_json, write_shard
     from fdkit.data.sources import FolderSource
 
@@ -95,14 +96,16 @@ def make_pack(folder: Path) -> None:
         path = folder / "images" / ("cat" if number % 2 else "dog") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(number))
-    source, packed = FolderSource(folder / "images"), folder / "packed"
-    (packed / ".packing").mkdir(parents=True)
-    job = Job("shard-00000.tar", "all", np.arange(4))
-    record = write_shard(source, job, Settings(20, 90, 4, 3), packed)
+    source, packed, packing = FolderSource(folder / "images"), folder / "packed", folder / "packing"
+    (packing / ".packing").mkdir(parents=True)
+    record = write_shard(source, Job("shard-00000.tar", "all", np.arange(4)), Settings(20, 90, 4, 3), packing)
     plan = {"seed": 3, "short_side": 20}
-    write_json(packed / ".packing" / "plan.json", plan)
-    shards = [{key: record[key] for key in ("file", "bytes", "images", "sha256")}]
-    write_json(packed / "fdkit-pack.json", {"classes": list(source.classes), "shards": shards, "plan": plan})
+    write_json(packing / ".packing" / "plan.json", plan)
+    packed.mkdir()
+    shutil.copy(packing / "shard-00000.tar", packed)
+    write_json(
+        packed / "fdkit-pack.json", {"classes": list(source.classes), "shards": [record], "plan": plan}
+    )
 
 
 def _features() -> tuple[Any, Any]:
