@@ -120,7 +120,7 @@ def read_packed(folder: Path) -> None:
 
 
 def read_packing(name: str, folder: Path) -> None:
-    """As `fdkit pack` does where something was packed into `name`; a record that is believed is the one that was written."""
+    """As `fdkit pack` does where it packed into `name`; a record that is believed is the one that was written."""
     from fdkit.commands.pack import _listed, _plan_there, _require_same_plan
     from fdkit.data.pack import Job, finished
 
