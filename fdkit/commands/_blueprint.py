@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch.overrides import TorchFunctionMode
 
 from fdkit.commands import distill, finetune, pretrain, segment
@@ -14,6 +13,7 @@ from fdkit.data.views import RandomCrop
 from fdkit.errors import WeightsError
 from fdkit.methods._method import Method
 from fdkit.methods.feature_distillation import FeatureDistillation
+from fdkit.models.free_memory import MAKERS
 from fdkit.models.student import build_student
 from fdkit.teachers.catalog import CATALOG
 from fdkit.teachers.loading import load_teacher
@@ -23,8 +23,6 @@ log = logging.getLogger("fdkit")
 
 COMMANDS = ("distill", "pretrain", "finetune", "segment")
 """Commands that train."""
-WITHOUT_VALUES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
-"""What weights are made with."""
 Mode = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which networks are built."""
 SMALL = 1 << 16
@@ -104,7 +102,7 @@ class _WithoutValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in WITHOUT_VALUES and kwargs.get("device") is None:
+        if func in MAKERS and kwargs.get("device") is None:
             shape = func(*args, **kwargs | {"device": "meta"})
             if shape.numel() >= SMALL:
                 return shape

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fdkit.data.json_file import read_object
 from fdkit.errors import ConfigError, WeightsError, did_you_mean
 from fdkit.models.backbone import Backbone, Preprocessing
+from fdkit.models.free_memory import WithinFreeMemory
 from fdkit.models.tokens import (
     num_prefix_tokens,
     open_clip_resnet_tokens,
@@ -68,7 +69,8 @@ def build_timm(
         args.pop("img_size", None)
     _refuse_endless(name, args)
     try:
-        network = timm.create_model(name, pretrained=False, **_as_objects(args))
+        with WithinFreeMemory():
+            network = timm.create_model(name, pretrained=False, **_as_objects(args))
         if args.get("final_norm") is False:
             _remove_final_norm(network)
         if "rope_periods" in args:
@@ -175,7 +177,8 @@ def build_open_clip(
         )
     vision["image_size"] = args["image_size"]
     try:
-        network = _build_vision_tower(config["embed_dim"], vision, args["quick_gelu"])
+        with WithinFreeMemory():
+            network = _build_vision_tower(config["embed_dim"], vision, args["quick_gelu"])
     except _REFUSALS as error:
         raise ConfigError(
             f"open_clip model {arch} refuses {_shown(args)}: {error or type(error).__name__}",
