@@ -1,6 +1,8 @@
 import io
 import json
 import logging
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -194,3 +196,20 @@ def test_each_call_logs_once_to_the_standard_error_it_finds_whoever_else_listens
         assert error.getvalue().count("warning: kept apart") == 1
         error.close()
     assert heard.getvalue().count("kept apart") == 2
+
+
+@pytest.mark.parametrize(("is_ignored", "code"), [(False, -signal.SIGINT), (True, 0)])
+def test_an_interrupt_after_the_work_is_done_prints_nothing(is_ignored: bool, code: int) -> None:
+    """As Ctrl-C while Python ends; jobs in the background of a shell do not hear it."""
+    script = f"""
+import atexit, os, signal, sys
+if {is_ignored}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["fdkit", "--version"]
+from fdkit.__main__ import program
+program()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, "")
+    assert ended.stdout.startswith("fdkit ")
