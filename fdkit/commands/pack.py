@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import IO, Annotated, Any
 
 import numpy as np
 import tyro
@@ -42,7 +43,9 @@ PLAN = "plan.json"
 """In the folder of what is known of finished shards: what was asked for."""
 LINE_EVERY_SECONDS = 15.0
 SECONDS_TO_ANSWER = 0.2
-"""How long SIGTERM may wait while shards are written."""
+"""How long Ctrl-C and SIGTERM may wait while shards are written."""
+SECONDS_TO_END = 5.0
+"""How long the workers of a command that was killed may hold its folder."""
 SAMPLE_IMAGES = 64
 """Images whose reading is timed, before and after."""
 
@@ -158,15 +161,29 @@ def _move_away(folder: Path) -> None:
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """Keep other processes from writing into the folder."""
-    (folder / UNFINISHED).mkdir(exist_ok=True)
-    with (folder / UNFINISHED / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (lock := _lock(folder)) is None:
+        if time.monotonic() >= deadline:
             raise OutputError(
                 f"{folder}: another process is packing into it", "wait for it, or choose another --output"
-            ) from error
+            )
+        time.sleep(0.1)
+    with lock:
         yield
+
+
+def _lock(folder: Path) -> IO[str] | None:
+    """The folder's lock file, locked; None if another process holds it, or has just done away with it."""
+    path = folder / UNFINISHED / "lock"
+    path.parent.mkdir(exist_ok=True)
+    with suppress(FileNotFoundError), ExitStack() as stack:
+        file = stack.enter_context(path.open("a"))
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                stack.pop_all()
+                return file
+    return None
 
 
 @contextmanager
@@ -237,7 +254,7 @@ def _in_processes(
     executor = ProcessPoolExecutor(
         min(workers, len(missing)), initializer=_start_worker, initargs=(sources, os.getpid())
     )
-    with _terminated_politely() as asked:
+    with _stopped_politely() as asked:
         try:
             futures: dict[Future[dict[str, Any]], Job] = {
                 executor.submit(_write_in_worker, job, settings, folder): job for job in missing
@@ -278,26 +295,32 @@ def _write_in_worker(job: Job, settings: Settings, folder: Path) -> dict[str, An
 
 
 @contextmanager
-def _terminated_politely() -> Iterator[list[int]]:
-    """What SIGTERM leaves a mark in, for the block to end by itself, so that the workers are ended too.
+def _stopped_politely() -> Iterator[list[int]]:
+    """What SIGTERM and Ctrl-C leave a mark in, for the block to end by itself, so that the workers are ended too.
 
-    Raising where the signal is received would be lost inside what Python calls around a fork.
+    Raising where the signal is received would be lost inside what Python calls around a fork; a second one is raised.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        _leave_if(asked)
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave_if(asked: list[int]) -> None:
-    """Raises SystemExit if a signal came."""
+    """Raises KeyboardInterrupt or SystemExit if a signal came."""
     if asked:
-        raise SystemExit(128 + asked[0])
+        raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
 
 
 def _write_manifest(

@@ -6,10 +6,13 @@ random generators: they belong to the model.
 
 import logging
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -378,7 +381,7 @@ def _run(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         timeout=config.timeout_seconds + config.retry_seconds if workers else 0,
-        worker_init_fn=_leave_signals_to_trainer,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # without one, iter() draws from the global generator
     )
     return _batches(loader, dataset, bad_images, costs)
@@ -422,12 +425,20 @@ def _trainers_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _leave_signals_to_trainer(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Ctrl-C, and a first SIGTERM, are the trainer's to answer: it still needs its workers until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _die_of_the_next)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)
+    sys.excepthook = partial(_tell_unless_orphaned, os.getppid())
+
+
+def _tell_unless_orphaned(trainer: int, *error: Any) -> None:
+    """Print an error as Python does, but none that a worker meets because its trainer was killed."""
+    time.sleep(0.1)  # a process that dies closes its connections before its children are another's
+    if os.getppid() == trainer:
+        sys.__excepthook__(*error)
 
 
 def _die_of_the_next(number: int, frame: FrameType | None) -> None:

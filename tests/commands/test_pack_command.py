@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,64 @@ def test_the_command_line_speaks_json_and_words(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.slow
+def test_two_at_once_do_the_work_once_and_one_that_holds_on_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_folder(tmp_path / "in")
+    written: list[str] = []
+    write, begun = command.write_shard, threading.Event()
+
+    def slowly(source: Any, job: Any, *rest: Any) -> dict[str, Any]:
+        begun.set()
+        time.sleep(0.1)
+        written.append(job.file)
+        return write(source, job, *rest)
+
+    monkeypatch.setattr(command, "write_shard", slowly)
+    found: list[dict[str, Any]] = []
+    first = threading.Thread(target=lambda: found.append(pack(**options(tmp_path))))
+    first.start()
+    assert begun.wait(30)
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "SECONDS_TO_END", 0.3)
+        with pytest.raises(OutputError, match="another process is packing into it"):
+            pack(**options(tmp_path))
+    monkeypatch.setattr(command, "SECONDS_TO_END", 60)
+    found.append(pack(**options(tmp_path)))  # waits, and finds all of it there
+    first.join()
+    assert len(written) == 11
+    assert [numbers["images"] for numbers in found] == [29, 29]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MANIFEST, "train", "val"]
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_an_interrupt_that_comes_in_the_middle_of_a_fork_is_heard(tmp_path: Path, again: int) -> None:
+    """What is raised inside a fork is printed by Python, and forgotten."""
+    a_folder(tmp_path / "in")
+    script = f"""
+import os, signal, sys
+from fdkit.commands import pack
+from fdkit.cli import main
+left = [{again}]
+def interrupt():
+    if left[0]:
+        left[0] -= 1
+        os.kill(os.getpid(), signal.SIGINT)
+os.register_at_fork(before=interrupt)
+main(sys.argv[1:])
+"""
+    flags = ["--output", str(tmp_path / "out"), "--images-per-shard", "1", "--workers", "2"]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, "pack", str(tmp_path / "in"), *flags],
+        capture_output=True, text=True, check=False, start_new_session=True,
+    )  # fmt: skip
+    assert ended.returncode == 130, ended.stderr
+    if again == 1:
+        assert ended.stderr.strip() == "interrupted"
+    assert (tmp_path / "out" / UNFINISHED).is_dir()
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes_and_leaves_no_process(
     tmp_path: Path, stop: signal.Signals

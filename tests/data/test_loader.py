@@ -16,6 +16,7 @@ from fdkit.data.loader import (
     Batch,
     LoaderConfig,
     _Stream,
+    _tell_unless_orphaned,
     evaluation_batches,
     num_workers,
     steps_per_epoch,
@@ -324,3 +325,11 @@ def test_a_place_in_the_stream_is_numpys_philox_at_that_counter() -> None:
     assert (
         _Stream(7, 0).at(3, 5).random() != _Stream(7, 1).at(3, 5).random() != _Stream(8, 1).at(3, 5).random()
     )
+
+
+def test_a_worker_whose_trainer_is_gone_prints_no_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    error = EOFError("the other end is closed")
+    _tell_unless_orphaned(os.getppid() + 1, EOFError, error, None)
+    assert capsys.readouterr().err == ""
+    _tell_unless_orphaned(os.getppid(), EOFError, error, None)
+    assert capsys.readouterr().err.strip() == "EOFError: the other end is closed"
