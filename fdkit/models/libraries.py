@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fdkit.data.json_file import read_object
-from fdkit.errors import ConfigError, WeightsError, did_you_mean
+from fdkit.errors import ConfigError, FdkitError, ResourceError, WeightsError, did_you_mean
 from fdkit.models.backbone import Backbone, Preprocessing
 from fdkit.models.free_memory import WithinFreeMemory
 from fdkit.models.tokens import (
@@ -76,10 +76,7 @@ def build_timm(
         if "rope_periods" in args:
             state_periods(network, args["rope_periods"])
     except _REFUSALS as error:
-        raise ConfigError(
-            f"timm model {name} refuses {_shown(args)}: {error or type(error).__name__}",
-            "change the model arguments, or leave them out",
-        ) from error
+        raise _refused(f"timm model {name}", args, error) from error
     accelerate(network)
     args["num_classes"] = network.num_classes
     return Backbone(
@@ -98,6 +95,18 @@ _REFUSALS = (
     TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError, MemoryError,
 )  # fmt: skip
 """What the libraries' constructors raise for arguments that cannot be; which depends on the model and the argument."""
+
+
+def _refused(model: str, args: dict[str, Any], error: Exception) -> FdkitError:
+    if isinstance(error, MemoryError):
+        return ResourceError(
+            f"{model} with {_shown(args)}: {error or 'there is no memory for it'}",
+            "use a machine with more memory, or a smaller model",
+        )
+    return ConfigError(
+        f"{model} refuses {_shown(args)}: {error or type(error).__name__}",
+        "change the model arguments, or leave them out",
+    )
 
 
 def _refuse_endless(name: str, args: dict[str, Any]) -> None:
@@ -180,10 +189,7 @@ def build_open_clip(
         with WithinFreeMemory():
             network = _build_vision_tower(config["embed_dim"], vision, args["quick_gelu"])
     except _REFUSALS as error:
-        raise ConfigError(
-            f"open_clip model {arch} refuses {_shown(args)}: {error or type(error).__name__}",
-            "change the model arguments, or leave them out",
-        ) from error
+        raise _refused(f"open_clip model {arch}", args, error) from error
     accelerate(network)
     return _open_clip_backbone(
         network,

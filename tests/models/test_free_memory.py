@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdkit.errors import ConfigError
+from fdkit.errors import ResourceError
 from fdkit.models import free_memory as memory
 from fdkit.models.libraries import RECIPE_FILE, build_open_clip, build_timm, load_backbone, save_backbone
 
@@ -55,10 +55,10 @@ def test_networks_too_large_for_the_machine_are_refused_while_they_are_made(
     monkeypatch.setattr(memory, "free_bytes", lambda: 300_000_000)
     made: list[int] = []
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: made.append(layer.weight.nbytes))
-    with pytest.raises(ConfigError, match=r"refuses .*more than the 0\.3 GB of memory that are free"):
+    with pytest.raises(ResourceError, match=r"224 with .*more than the 0\.3 GB of memory that are free"):
         build_timm("vit_tiny_patch16_224", {"embed_dim": 2048, "depth": 20, "num_heads": 2})
     assert 0 < sum(made) < 500_000_000
-    with pytest.raises(ConfigError, match=r"ViT-B-16 refuses .*0\.3 GB"):
+    with pytest.raises(ResourceError, match=r"ViT-B-16 with .*0\.3 GB"):
         build_open_clip("ViT-B-16")
 
 
@@ -69,7 +69,7 @@ def test_what_a_file_describes_is_held_to_the_memory_too(
     recipe = tmp_path / RECIPE_FILE
     recipe.write_text(recipe.read_text().replace('"embed_dim": 24', '"embed_dim": 4096'))
     monkeypatch.setattr(memory, "free_bytes", lambda: 300_000_000)
-    with pytest.raises(ConfigError, match="of memory that are free"):
+    with pytest.raises(ResourceError, match="of memory that are free"):
         load_backbone(tmp_path)
 
 
