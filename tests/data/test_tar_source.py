@@ -306,7 +306,11 @@ def test_an_archive_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert reds(open_source(str(path))) == [3, 4, 5]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "foreign"])
+CENTRAL = b"PK\x01\x02"
+"""Begins what the end of a zip says of a part: at 6 the version it needs, 8 its flags, 10 its compression."""
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "foreign", "version", "encrypted", "compression"])
 def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     path = shard(tmp_path / "0.tar", [1, 2, 3])
     open_source(str(path))
@@ -314,7 +318,10 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str, caplog: pyte
     data = bytearray(kept.read_bytes())
     if damage == "flip":
         data[data.index(b"0002.png")] ^= 1
-    kept.write_bytes({"flip": data, "cut": data[:300], "foreign": b"\x80\x04N."}[damage])
+    if damage in ("version", "encrypted", "compression"):
+        at, value = {"version": (6, 109), "encrypted": (8, 1), "compression": (10, 77)}[damage]
+        data[data.index(CENTRAL) + at] = value
+    kept.write_bytes({"cut": data[:300], "foreign": b"\x80\x04N."}.get(damage, data))
     assert reds(open_source(str(path))) == [1, 2, 3]
     assert "making it again" in caplog.text
 
