@@ -50,9 +50,11 @@ def test_a_reader_without_checksums_is_caught(tmp_path: Path, monkeypatch: pytes
 READERS: dict[str, Any] = {
     "evaluate": lambda run, out: ["evaluate", "knn", str(run), "--data", "digits", "--cache", "none"],
     "report": lambda run, out: ["report", str(run), "--output", str(out)],
-    "distill": lambda run, out: ["distill", "--teacher", str(run), "--data", "digits", "--dry-run"],
+    "distill": lambda run, out: [
+        "distill", "--teacher", str(run), "--data", "digits", "--train.batch-size", "8", "--dry-run",
+    ],
     "analyze": lambda run, out: ["analyze", "cka", str(run), "--data", "digits", "--output", str(out)],
-}
+}  # fmt: skip
 
 
 DAMAGES = (("student.safetensors", "cut"), ("student.json", "cut"), ("run.json", "one bit"))

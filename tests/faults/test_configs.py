@@ -72,7 +72,7 @@ def test_a_few_drawn_command_lines_end_with_a_code_of_their_own(tmp_path: Path) 
 def test_drawn_command_lines_of_every_command_end_with_a_code_of_their_own(tmp_path: Path) -> None:
     result = try_configs(tmp_path, amount=110, seed=1)
     assert result["failures"] == []
-    assert result["took_steps"] > 3
+    assert result["took_steps"] >= 2  # most of what is drawn is refused
     assert result["slow"] < 6
 
 
