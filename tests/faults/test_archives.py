@@ -34,9 +34,7 @@ def test_the_links_do_lead_outside(tmp_path: Path) -> None:
     for name in (f"symlink to {secret}", "symlink to ../secret.png"):
         path.write_bytes(tars[name])
         with tarfile.open(path) as archive:
-            archive.extraction_filter = lambda member, path: (
-                member
-            )  # as Python before 3.11.4, which has no filters
+            archive.extraction_filter = lambda member, path: member  # none, as before Python 3.11.4
             archive.extractall(inside)
         assert Image.open(inside / "x.png").getpixel((0, 0)) == SECRET
         (inside / "x.png").unlink()
