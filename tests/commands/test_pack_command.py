@@ -343,7 +343,6 @@ def test_the_command_line_speaks_json_and_words(tmp_path: Path, capsys: pytest.C
     assert "measured on 64 images" in words
 
 
-@pytest.mark.slow
 def test_two_at_once_do_the_work_once_and_one_that_holds_on_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +401,7 @@ main(sys.argv[1:])
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes_and_leaves_no_process(
     tmp_path: Path, stop: signal.Signals
