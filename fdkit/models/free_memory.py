@@ -48,11 +48,9 @@ def free_bytes() -> int | None:
 
 
 def _stated(path: Path) -> dict[str, int]:
-    """Numbers of a file of the kernel's, by name; kB become bytes."""
+    """Numbers of a file of the kernel's, by name; kB become bytes. None of them if it cannot be read."""
     try:
         lines = [line.replace(":", "").split() for line in path.read_text().splitlines()]
-    except OSError:
+        return {name: int(number) * (1024 if unit == ["kB"] else 1) for name, number, *unit in lines}
+    except (OSError, ValueError):
         return {}
-    return {
-        words[0]: int(words[1]) * (1024 if words[2:] == ["kB"] else 1) for words in lines if len(words) > 1
-    }

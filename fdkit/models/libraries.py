@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fdkit.data.json_file import read_object
-from fdkit.errors import ConfigError, FdkitError, ResourceError, WeightsError, did_you_mean
+from fdkit.errors import ConfigError, FdkitError, ResourceError, WeightsError, did_you_mean, memory_failure
 from fdkit.models.backbone import Backbone, Preprocessing
 from fdkit.models.free_memory import WithinFreeMemory
 from fdkit.models.tokens import (
@@ -98,9 +98,9 @@ _REFUSALS = (
 
 
 def _refused(model: str, args: dict[str, Any], error: Exception) -> FdkitError:
-    if isinstance(error, MemoryError):
+    if no_memory := memory_failure(error):
         return ResourceError(
-            f"{model} with {_shown(args)}: {error or 'there is no memory for it'}",
+            f"{model} with {_shown(args)}: {no_memory.message}",
             "use a machine with more memory, or a smaller model",
         )
     return ConfigError(

@@ -120,9 +120,8 @@ def plant(fault: Fault) -> Callable[[], None]:
                 with _loss_times(self.method, fault.value):
                     return update(self, batch)
             if fault.place == "gradient":
-                among = self.parameters[
-                    len(self.parameters) // 2
-                ]  # first and last ones are frozen in some methods
+                # the first and the last ones are frozen in some methods
+                among = self.parameters[len(self.parameters) // 2]
                 handle = among.register_hook(lambda gradient: gradient * fault.value)
                 verdicts = update(self, batch)
                 handle.remove()

@@ -33,15 +33,16 @@ def test_a_container_has_less_than_its_machine(group: Path) -> None:
     (group / "memory.max").write_text("3000000000\n")
     (group / "memory.current").write_text("2500000000\n")
     assert memory.free_bytes() == 500_000_000
-    (group / "memory.stat").write_text(
-        "anon 1700000000\ninactive_file 800000000\n"
-    )  # files kept, given back when asked
+    # files that the kernel keeps are given back when asked for
+    (group / "memory.stat").write_text("anon 1700000000\ninactive_file 800000000\n")
     assert memory.free_bytes() == 1_300_000_000
     (group / "memory.max").write_text("max\n")
     assert memory.free_bytes() == 20_000_000 * 1024
 
 
 def test_where_nothing_is_known_nothing_is_refused(group: Path) -> None:
+    memory.MEMORY_INFO.write_text("MemAvailable: unknown")
+    assert memory.free_bytes() is None
     memory.MEMORY_INFO.unlink()
     assert memory.free_bytes() is None
     with memory.WithinFreeMemory():
@@ -60,6 +61,11 @@ def test_networks_too_large_for_the_machine_are_refused_while_they_are_made(
     assert 0 < sum(made) < 500_000_000
     with pytest.raises(ResourceError, match=r"ViT-B-16 with .*0\.3 GB"):
         build_open_clip("ViT-B-16")
+
+
+def test_what_the_system_refuses_at_once_is_said_alike() -> None:
+    with pytest.raises(ResourceError, match=r"224 with .*out of memory"):
+        build_timm("vit_tiny_patch16_224", {"embed_dim": 1 << 22, "depth": 1, "num_heads": 2})
 
 
 def test_what_a_file_describes_is_held_to_the_memory_too(
